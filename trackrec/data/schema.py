@@ -1,0 +1,160 @@
+"""The tables' columns, once. A reader checks the schema before the first row.
+
+A context is u_i: a user's history at a moment. An example is (u_i, i_i, y_i). `label` is 1 for liked (y = Yes), else 0.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trackrec import storage
+
+_EARLIER_ITEM = pa.struct([("item_id", pa.string()), ("rating", pa.float32()), ("label", pa.int8())])
+# A history as the prompt shows it: the title with its year, oldest first.
+_SHOWN_ITEM = pa.struct([("title", pa.string()), ("rating", pa.float32()), ("label", pa.int8())])
+
+TABLES: dict[str, pa.Schema] = {
+    "interactions": pa.schema(
+        [
+            ("row_id", pa.int64()),
+            ("split", pa.string()),
+            ("user_id", pa.string()),
+            ("item_id", pa.string()),
+            ("label", pa.int8()),
+            ("rating", pa.float32()),
+            # Seconds since 1970, UTC.
+            ("timestamp", pa.int64()),
+            # The user's earlier interactions inside the window, oldest first.
+            ("history", pa.list_(_EARLIER_ITEM)),
+        ]
+    ),
+    "items": pa.schema([("item_id", pa.string()), ("title", pa.string()), ("attributes", pa.list_(pa.string()))]),
+    "contexts": pa.schema(
+        [
+            # Hash of the domain and the history as rendered.
+            ("context_id", pa.string()),
+            # The earliest user and moment with this history; `split` is the earliest split that uses it.
+            ("user_id", pa.string()),
+            ("as_of", pa.int64()),
+            ("split", pa.string()),
+            ("domain", pa.string()),
+            ("history", pa.list_(_SHOWN_ITEM)),
+        ]
+    ),
+    "examples": pa.schema(
+        [
+            ("row_id", pa.int64()),
+            ("split", pa.string()),
+            ("context_id", pa.string()),
+            ("user_id", pa.string()),
+            ("item_id", pa.string()),
+            ("title", pa.string()),
+            ("label", pa.int8()),
+            # Train rows of the user and of the item, over the whole train split: warm, cold and long-tail slices.
+            ("user_train_rows", pa.int32()),
+            ("item_train_rows", pa.int32()),
+            # Smoothed share of liked among the item's train rows: the baseline. Null on train rows (it holds their label).
+            ("item_mean", pa.float64()),
+        ]
+    ),
+    "recots": pa.schema(
+        [
+            ("context_id", pa.string()),
+            # 0…N-1; greedy and recorded RecCoTs: 0.
+            ("sample", pa.int32()),
+            ("text", pa.string()),
+            ("num_tokens", pa.int32()),
+            # "stop" or "length".
+            ("finish_reason", pa.string()),
+            # What wrote it: a model's content hash, or the teacher's name.
+            ("model", pa.string()),
+        ]
+    ),
+    "rewards": pa.schema(
+        [
+            ("context_id", pa.string()),
+            ("row_id", pa.int64()),
+            ("sample", pa.int32()),
+            # Normalised over {Yes, No}, so p_yes + p_no = 1.
+            ("p_yes", pa.float64()),
+            ("p_no", pa.float64()),
+            # r_ij (eq. 1).
+            ("reward", pa.float64()),
+        ]
+    ),
+    "preferences": pa.schema(
+        [
+            ("context_id", pa.string()),
+            ("chosen", pa.string()),
+            ("rejected", pa.list_(pa.string())),
+            ("chosen_reward", pa.float64()),
+            ("rejected_rewards", pa.list_(pa.float64())),
+        ]
+    ),
+    "predictions": pa.schema([("row_id", pa.int64()), ("score", pa.float64())]),
+}
+
+
+class SchemaError(ValueError):
+    """A table that lacks a column or has it in another type; the message names file, column and both types."""
+
+
+def path_of(directory: Path, table: str) -> Path:
+    return Path(directory) / f"{table}.parquet"
+
+
+def check(schema: pa.Schema, table: str, where: str) -> None:
+    """
+    Raises:
+        SchemaError: `schema` is not the table's.
+    """
+    for column in TABLES[table]:
+        index = schema.get_field_index(column.name)
+        if index < 0:
+            raise SchemaError(f"{where}: column {column.name!r} of table {table!r} is missing; found {schema.names}")
+        # Parquet writers name a list's element differently; the types are what counts.
+        if not _same_type(schema.field(index).type, column.type):
+            raise SchemaError(
+                f"{where}: column {column.name!r} of table {table!r} is {schema.field(index).type}, expected {column.type}"
+            )
+
+
+def read(directory: Path, table: str, columns: list[str] | None = None) -> pa.Table:
+    """A published table, its schema checked first.
+
+    Raises:
+        NotPublishedError: the directory has no manifest, so it may be half written.
+        SchemaError: the file's columns are not the table's.
+    """
+    storage.read_manifest(directory)
+    path = path_of(directory, table)
+    check(pq.read_schema(path), table, str(path))
+    return pq.read_table(path, columns=columns or TABLES[table].names)
+
+
+def rows(directory: Path, table: str, columns: list[str] | None = None) -> list[dict[str, object]]:
+    return read(directory, table, columns).to_pylist()
+
+
+def write(directory: Path, table: str, data: pa.Table | Iterable[dict[str, object]]) -> int:
+    """Writes `data` with the table's schema and returns the number of rows."""
+    schema = TABLES[table]
+    content = data if isinstance(data, pa.Table) else pa.Table.from_pylist(list(data), schema=schema)
+    content = content.select(schema.names).cast(schema)
+    pq.write_table(content, path_of(directory, table), compression="zstd")
+    return content.num_rows
+
+
+def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
+    if pa.types.is_list(expected):
+        is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
+        return is_list and _same_type(found.value_type, expected.value_type)
+    if pa.types.is_struct(expected):
+        return (
+            pa.types.is_struct(found)
+            and [field.name for field in found] == [field.name for field in expected]
+            and all(_same_type(a.type, b.type) for a, b in zip(found, expected, strict=True))
+        )
+    return found == expected or (pa.types.is_string(expected) and pa.types.is_large_string(found))
