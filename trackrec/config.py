@@ -25,6 +25,9 @@ class ConfigError(ValueError):
 
 
 class Settings(BaseModel):
+    """Base of all sections. A field that may be None defaults to None: Kubeflow's parameters cannot carry a null, so None
+    travels as "left out"."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
@@ -152,7 +155,7 @@ class LoraSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    """What all trainers share. `lora: null` trains all weights."""
+    """What all trainers share. Without `lora` all weights are trained, as the paper does."""
 
     learning_rate: Rate = 1e-5
     epochs: Rate = 1.0
@@ -165,7 +168,7 @@ class TrainingSettings(Settings):
     max_grad_norm: Rate = 1.0
     # Prompts and RecCoTs longer than this are refused, never silently cut.
     max_length: Positive = 4096
-    lora: LoraSettings | None = LoraSettings()
+    lora: LoraSettings | None = None
     # auto: bfloat16 on a GPU, float32 on a CPU.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
@@ -289,7 +292,7 @@ class SecretKey(Settings):
 
 
 class Resources(Settings):
-    """What one stage's pod asks for; on one machine these are ignored, but for `cache`."""
+    """What one stage's pod asks for; on one machine only `retries` and `cache` count."""
 
     cpu: Quantity = "2"
     memory: Quantity = "8Gi"
@@ -299,6 +302,8 @@ class Resources(Settings):
     tolerations: list[Toleration] = []
     # Size of /dev/shm (memory-backed), for NCCL and data loaders.
     shm: Quantity | None = None
+    # A PersistentVolumeClaim for checkpoints and finished shards, so that a retried pod resumes.
+    work_claim: str | None = None
     secrets: list[SecretKey] = []
     retries: Count = 2
     cache: bool = True
