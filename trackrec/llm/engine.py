@@ -1,0 +1,68 @@
+"""What sampling, greedy decoding and scoring need of a model server, and the one place that opens it.
+
+All methods take token ids (`trackrec.llm.chat` renders them) and yield results as they are finished, in no fixed order,
+each with the index of its prompt or group: a stage saves them as they come.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from trackrec.config import EngineSettings
+
+# A prefix and the suffixes that follow it: here one (context, item) and its N RecCoTs, each up to the answer.
+Group = tuple[list[int], Sequence[list[int]]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`text` without special tokens; `num_tokens` counts the end-of-sequence token where the model wrote one ("stop")."""
+
+    text: str
+    num_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+class Engine(Protocol):
+    tokenizer: PreTrainedTokenizerFast
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Algorithm 1's sampling: for each prompt one completion a seed, in the seeds' order."""
+        ...
+
+    def greedy(
+        self, prompts: Sequence[list[int]], *, max_tokens: int, repetition_penalty: float
+    ) -> Iterator[tuple[int, Completion]]:
+        """The likeliest token at each step, after `repetition_penalty` on the tokens of prompt and completion so far."""
+        ...
+
+    def score(self, groups: Sequence[Group]) -> Iterator[tuple[int, np.ndarray]]:
+        """Algorithm 1's P(Yes) and P(No) as next token after prefix + suffix, normalised over the two.
+
+        Yields:
+            a group's index, and float64 [number of suffixes, 2]: p_yes, p_no; each row sums to 1.
+        """
+        ...
+
+
+def open_engine(settings: EngineSettings, base_model: Path, model: Path) -> Engine:
+    """The engine of `settings.kind`, with `model` (full weights, or an adapter on `base_model`) loaded."""
+    if settings.kind == "vllm":
+        from trackrec.llm.vllm_engine import VllmEngine
+
+        return VllmEngine(settings, base_model, model)
+    from trackrec.llm.transformers_engine import TransformersEngine
+
+    return TransformersEngine(settings, base_model, model)
