@@ -179,7 +179,9 @@ class TrainingSettings(Settings):
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"`batch_size` ({self.batch_size}) must be a multiple of `micro_batch_size` ({self.micro_batch_size})")
+            raise ValueError(
+                f"`batch_size` ({self.batch_size}) must be a multiple of `micro_batch_size` ({self.micro_batch_size})"
+            )
         return self
 
 
@@ -334,6 +336,8 @@ class RunConfig(Settings):
     # A local path or a bucket's URI; `package:NAME` is fetched by package name into the local cache first.
     raw_data: str
     base_model: str
+    # Where the images lie; a stage's image is REGISTRY/IMAGE:STAGE-HASH.
+    registry: str = "trackrec"
     loop: LoopSettings = LoopSettings()
     ingest: IngestSettings
     contexts: ContextsSettings
@@ -351,7 +355,9 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.loop.distillation and self.distill_data is None:
-            raise ValueError("`loop.distillation: true` needs `distill_data`; give it, or set `loop.distillation: false`")
+            raise ValueError(
+                "`loop.distillation: true` needs `distill_data`; give it, or set `loop.distillation: false`"
+            )
         for stage in ("sample", "score", "generate", "evaluate"):
             engine: EngineSettings = getattr(self, stage).engine
             accelerator: Accelerator | None = getattr(self.resources, stage).accelerator

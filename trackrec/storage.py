@@ -129,6 +129,13 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
 
 
+def numbers(directory: Path | str) -> dict[str, float]:
+    """The manifest's facts that are single numbers: what a stage shows on its artifact."""
+    return {
+        name: value for name, value in read_manifest(Path(directory)).facts.items() if isinstance(value, int | float)
+    }
+
+
 def content_hash(path: Path) -> str:
     """Hash of what lies at `path`: by its manifest where it has one, else (raw data, a downloaded model) by reading it whole.
 

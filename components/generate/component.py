@@ -1,0 +1,38 @@
+"""The stage `generate` as Kubeflow sees it."""
+
+from kfp import dsl
+from kfp.dsl import Dataset, Input, Model, Output
+
+from components import images
+
+
+@dsl.component(base_image=images.released("generate"), install_kfp_package=False)
+def generate(
+    settings: dict,
+    contexts: Input[Dataset],
+    base_model: Input[Model],
+    generator: Input[Model],
+    recots: Output[Dataset],
+) -> None:
+    """Writes one RecCoT a context by greedy decoding (paper 3.3).
+
+    Args:
+        settings: `trackrec.config.DecodingSettings`.
+        contexts: Table `contexts`.
+        base_model: The base model.
+        generator: G.
+        recots: Table `recots`, one row a context.
+    """
+    from pathlib import Path
+
+    from trackrec import config, storage
+    from trackrec.stages import generate as stage
+
+    stage.run(
+        config.DecodingSettings.model_validate(settings),
+        contexts=Path(contexts.path),
+        base_model=Path(base_model.path),
+        generator=Path(generator.path),
+        recots=Path(recots.path),
+    )
+    recots.metadata.update(storage.numbers(recots.path))

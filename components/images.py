@@ -1,0 +1,76 @@
+"""Which image runs which stage, and how images are named: the one place for both.
+
+An image is one dependency set (`images/<image>/Dockerfile`). A pipeline names it with a tag that derives from the
+sources that can affect the stage: the stage's own module, everything of `trackrec` it imports, its image's Dockerfile
+and requirements. So an unchanged stage keeps its tag, and its cached results, whatever else changes.
+"""
+
+import functools
+import hashlib
+from pathlib import Path
+
+import grimp
+
+import trackrec
+
+ROOT = Path(trackrec.__file__).parents[1]
+
+IMAGE_OF = {
+    "ingest": "data",
+    "contexts": "data",
+    "distill_data": "data",
+    "sft_generator": "train",
+    "sample": "generate",
+    "score": "generate",
+    "preferences": "data",
+    "sdpo": "train",
+    "generate": "generate",
+    "rec_tune": "train",
+    "evaluate": "generate",
+    "compare": "data",
+}
+
+
+def released(stage: str) -> str:
+    """The image that a component on its own names: the release's."""
+    return f"trackrec/{IMAGE_OF[stage]}:{trackrec.__version__}"
+
+
+def tagged(stage: str, registry: str) -> str:
+    """The image that a pipeline names, e.g. `registry/generate:sample-0123456789ab`."""
+    return f"{registry}/{IMAGE_OF[stage]}:{stage}-{source_hash(stage)}"
+
+
+@functools.cache
+def source_hash(stage: str) -> str:
+    """Twelve hex digits over every source that can affect what the stage writes."""
+    digest = hashlib.sha256()
+    for path in sources(stage):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def sources(stage: str) -> list[Path]:
+    """The files behind `source_hash`, sorted."""
+    module = f"trackrec.stages.{stage}"
+    modules = _imports().find_upstream_modules(module) | {module}
+    found: set[Path] = set()
+    for name in modules:
+        base = ROOT / Path(*name.split("."))
+        if base.is_dir():
+            # A package's data files (prompt templates, recorded RecCoTs) count with its code.
+            found.add(base / "__init__.py")
+            found.update(p for p in base.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc"))
+        else:
+            found.add(base.with_suffix(".py"))
+    image = IMAGE_OF[stage]
+    found.update(
+        p for p in (ROOT / "images" / image / "Dockerfile", ROOT / "requirements" / f"{image}.txt") if p.is_file()
+    )
+    return sorted(found)
+
+
+@functools.cache
+def _imports() -> grimp.ImportGraph:
+    return grimp.build_graph("trackrec", cache_dir=None)

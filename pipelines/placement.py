@@ -1,0 +1,54 @@
+"""Where a task runs: its image and what its pod asks for, from the config."""
+
+from kfp import dsl, kubernetes
+from kfp.dsl.pipeline_task import PipelineTask
+
+from components import images
+from trackrec.config import Resources, RunConfig
+
+# What a retried pod resumes from (see `trackrec.storage.work_root`).
+WORK_PATH = "/tmp/trackrec-work"
+RETRY_BACKOFF = "30s"
+
+
+def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") -> PipelineTask:
+    """Gives `task` its stage's image, resources, retries and caching; `title` is its name on the run's page."""
+    resources: Resources = getattr(config.resources, stage)
+    task.set_container_image(images.tagged(stage, config.registry))
+    task.set_display_name(title or stage)
+    task.set_caching_options(resources.cache)
+    task.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
+    task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
+    if resources.retries:
+        task.set_retry(resources.retries, backoff_duration=RETRY_BACKOFF, backoff_factor=2)
+    if resources.accelerator:
+        task.set_accelerator_type(resources.accelerator.type)
+        task.set_accelerator_limit(resources.accelerator.count)
+    for label, value in resources.node_selector.items():
+        kubernetes.add_node_selector(task, label, value)
+    for toleration in resources.tolerations:
+        kubernetes.add_toleration(
+            task,
+            key=toleration.key,
+            operator=toleration.operator,
+            value=toleration.value,
+            effect=toleration.effect,
+        )
+    if resources.ephemeral_storage:
+        kubernetes.add_ephemeral_volume(
+            task, "scratch", mount_path="/tmp", access_modes=["ReadWriteOnce"], size=resources.ephemeral_storage
+        )
+    if resources.work_claim:
+        kubernetes.mount_pvc(task, pvc_name=resources.work_claim, mount_path=WORK_PATH)
+    if resources.shm:
+        kubernetes.empty_dir_mount(task, "shm", mount_path="/dev/shm", medium="Memory", size_limit=resources.shm)
+    for secret in resources.secrets:
+        kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.env})
+    return task
+
+
+def imported(uri: dsl.pipeline_channel.PipelineParameterChannel, version: str, kind: type, title: str) -> dsl.Artifact:
+    """An artifact from outside the run; `version` (a content hash, say) makes a changed content a changed cache key."""
+    task = dsl.importer(artifact_uri=uri, artifact_class=kind, metadata={"version": version})
+    task.set_display_name(title)
+    return task.output

@@ -1,0 +1,50 @@
+"""One stage as a pipeline of its own, its inputs imported from an earlier run."""
+
+from kfp import dsl
+from kfp.dsl.graph_component import GraphComponent
+
+from components import stages
+from pipelines.local import RunRecord, TaskRecord
+from pipelines.placement import place
+from pipelines.trackrec import values
+from trackrec.config import RunConfig
+
+_KINDS = {kind.schema_title: kind for kind in (dsl.Dataset, dsl.Model, dsl.Metrics, dsl.Markdown)}
+
+
+def find(record: RunRecord, name: str) -> TaskRecord:
+    """The task titled `name` ("sample 2"), or the only task of the stage `name`.
+
+    Raises:
+        LookupError: there is none, or there are several; says what to ask for.
+    """
+    tasks = [task for task in record.tasks.values() if task.stage]
+    matches = [task for task in tasks if task.title == name] or [task for task in tasks if task.stage == name]
+    if len(matches) == 1:
+        return matches[0]
+    titles = ", ".join(repr(task.title) for task in matches or tasks)
+    if matches:
+        raise LookupError(f"run {record.run} has several tasks of the stage {name!r}; name one: {titles}")
+    raise LookupError(f"run {record.run} has no stage or task {name!r}; it has: {titles}")
+
+
+def build(config: RunConfig, task: TaskRecord) -> GraphComponent:
+    """The pipeline of one task: the stage's settings from `config`, its other parameters and inputs from the record."""
+    stage = task.stage
+    parameters = dict(task.parameters)
+    if "settings" in parameters:
+        parameters["settings"] = values(getattr(config, stage))
+    if "seed" in parameters:
+        parameters["seed"] = config.seed
+
+    @dsl.pipeline(name=f"{config.name}-{stage}".replace("_", "-"), description=f"The stage {stage} alone.")
+    def one_stage() -> None:
+        inputs = {
+            name: dsl.importer(
+                artifact_uri=artifact.uri, artifact_class=_KINDS[artifact.kind], metadata=artifact.metadata or None
+            ).output
+            for name, artifact in task.inputs.items()
+        }
+        place(stages.load(stage)(**parameters, **inputs), stage, config, task.title)
+
+    return one_stage
