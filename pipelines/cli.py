@@ -53,7 +53,9 @@ def run(
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="The stage (e.g. ingest), or one of its tasks by title (e.g. "sample 2").")],
+    name: Annotated[
+        str, typer.Argument(help="The stage (e.g. ingest), or one of its tasks by title, e.g. 'sample 2'.")
+    ],
     run: Annotated[str, typer.Option("--run", help="The run whose artifacts are its inputs.")],
     set_: SetOption = None,
     root: RootOption = Path("runs"),

@@ -64,6 +64,8 @@ class IngestSettings(Settings):
     dataset: Literal["ml-100k", "ml-1m", "amazon-book", "impressions"]
     engine: Literal["duckdb", "spark"] = "duckdb"
     memory_limit: Quantity = "8Gi"
+    # The longest history a row carries, its newest so many items; whole histories grow with the square of a user's rows.
+    max_history: Positive = 1000
     log: ImpressionLog | None = None
 
     @model_validator(mode="after")
@@ -276,7 +278,8 @@ class Toleration(Settings):
     key: str
     operator: Literal["Exists", "Equal"] = "Exists"
     value: str | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = "NoSchedule"
+    # None tolerates every effect.
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
     @model_validator(mode="after")
     def _value_goes_with_equal(self) -> Self:

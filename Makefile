@@ -1,0 +1,67 @@
+# `make setup` then `make quickstart` run the whole of TrackRec on this machine; `make test` passes the tests.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIGS := $(wildcard pipelines/configs/*.yaml)
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | column -t -s "$$(printf '\t')"
+
+# The stamp makes set-up a no-op until the lock file changes.
+$(VENV)/.ready: requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+.PHONY: setup
+setup: $(VENV)/.ready ## Make .venv with the `trackrec` command; fetch the quick start's data and model
+	$(BIN)/trackrec fetch ml-100k smollm2-135m-instruct
+
+.PHONY: quickstart
+quickstart: setup ## Run the whole of TrackRec on this machine, in minutes
+	$(BIN)/trackrec run --config pipelines/configs/quickstart.yaml
+
+.PHONY: test
+test: setup ## Run the tests
+	$(BIN)/python -m pytest
+
+.PHONY: test-vllm
+test-vllm: ## Run the vLLM engine's tests in an environment of its own
+	bash tests/vllm_env.sh
+	.venv-vllm/bin/python -m pytest -m vllm tests/llm/test_vllm_engine.py
+
+.PHONY: test-images
+test-images: ## Build the data image on a base made here, and run stages in it
+	bash images/test.sh
+
+.PHONY: lint
+lint: $(VENV)/.ready ## Check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m components.build --check
+
+.PHONY: compile
+compile: $(VENV)/.ready ## Write every component's spec and page, and every config's pipeline IR (build/)
+	$(BIN)/python -m components.build
+	for config in $(CONFIGS); do $(BIN)/trackrec compile --config $$config || exit 1; done
+
+.PHONY: bench
+bench: setup ## Run the benchmarks of the README's table
+	$(BIN)/python -m benchmarks.sdpo
+	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.ingest
+
+.PHONY: lock
+lock: $(VENV)/.ready ## Resolve requirements/dev.txt anew from pyproject.toml
+	$(BIN)/python -m pip install --quiet pip-tools
+	DS_BUILD_OPS=0 $(BIN)/pip-compile --quiet --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \
+	  --no-emit-trusted-host --no-header --no-annotate --allow-unsafe --output-file requirements/dev.txt pyproject.toml
+	sed -i -e 's/^\(torch==[0-9.]*\)+cpu$$/\1/' -e '/^trackrec @/d' -e '/^#/d' requirements/dev.txt

@@ -1,0 +1,65 @@
+"""A compiled pipeline as plain data: the two documents of its IR."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kfp import compiler
+
+from pipelines.trackrec import build
+from trackrec import config
+
+
+@dataclass
+class Compiled:
+    """`tasks` by title; `executor(title)` and `platform(title)` are the task's parts of the first and second document."""
+
+    pipeline: dict[str, Any]
+    platforms: dict[str, Any]
+
+    @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        return {task["taskInfo"]["name"]: task for task in self.pipeline["root"]["dag"]["tasks"].values()}
+
+    def label(self, title: str) -> str:
+        component = self.tasks[title]["componentRef"]["name"]
+        return str(self.pipeline["components"][component]["executorLabel"])
+
+    def executor(self, title: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.pipeline["deploymentSpec"]["executors"][self.label(title)]
+        return found
+
+    def platform(self, title: str) -> dict[str, Any]:
+        executors = self.platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        found: dict[str, Any] = executors.get(self.label(title), {})
+        return found
+
+    def source(self, title: str, artifact: str) -> str:
+        """Where a task's input artifact comes from, as "title of the producer/output"."""
+        output = self.tasks[title]["inputs"]["artifacts"][artifact]["taskOutputArtifact"]
+        producer = self.pipeline["root"]["dag"]["tasks"][output["producerTask"]]["taskInfo"]["name"]
+        return f"{producer}/{output['outputArtifactKey']}"
+
+    def parameter(self, title: str, name: str) -> Any:
+        return self.tasks[title]["inputs"]["parameters"][name]["runtimeValue"]["constant"]
+
+
+def compiled(loaded: config.RunConfig, tmp_path: Path) -> Compiled:
+    path = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(build(loaded), str(path))
+    documents = list(yaml.safe_load_all(path.read_text()))
+    return Compiled(documents[0], documents[1] if len(documents) > 1 else {"platforms": {}})
+
+
+@pytest.fixture(scope="session", params=["quickstart", "ml-1m-qwen2.5-7b", "amazon-book-qwen2.5-7b"])
+def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Compiled]:
+    """Each shipped config as raw YAML, and its compiled pipeline."""
+    path = Path("pipelines/configs") / f"{request.param}.yaml"
+    return yaml.safe_load(path.read_text()), compiled(config.load(path), tmp_path_factory.mktemp("ir"))
+
+
+@pytest.fixture(scope="session")
+def ml_1m(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    return compiled(config.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml")), tmp_path_factory.mktemp("ir"))

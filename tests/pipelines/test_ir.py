@@ -1,0 +1,195 @@
+"""The compiled pipeline: Algorithm 2's wiring, and what each stage's pod asks for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components import images
+from trackrec import config
+
+from .conftest import Compiled, compiled
+
+STAGES_OF_AN_ITERATION = ("sample", "score", "preferences", "sdpo", "generate", "rec_tune")
+
+
+def stage_of(title: str) -> str:
+    return title.split(" ")[0]
+
+
+def stage_tasks(pipeline: Compiled) -> list[str]:
+    return [title for title in pipeline.tasks if title not in ("raw data", "base model")]
+
+
+def test_the_loop_is_unrolled(shipped: tuple[dict[str, Any], Compiled]) -> None:
+    raw, pipeline = shipped
+    for t in range(1, raw["loop"]["iterations"] + 1):
+        assert {f"{stage} {t}" for stage in STAGES_OF_AN_ITERATION} <= set(pipeline.tasks)
+        assert f"evaluate (iteration {t})" in pipeline.tasks
+    assert "evaluate (iteration 0)" in pipeline.tasks
+    assert f"sample {raw['loop']['iterations'] + 1}" not in pipeline.tasks
+
+
+def test_algorithm_2(ml_1m: Compiled) -> None:
+    """G and V are inherited from the previous iteration; each step reads what Algorithms 1 and 2 say."""
+    assert ml_1m.source("sft_generator", "recots") == "distill_data/recots"
+    generator, validator = "sft_generator/generator", "base model/artifact"
+    assert ml_1m.source("generate 0", "generator") == generator
+    assert ml_1m.source("evaluate (iteration 0)", "validator") == validator
+    for t in (1, 2, 3):
+        assert ml_1m.source(f"sample {t}", "generator") == generator
+        assert ml_1m.source(f"score {t}", "validator") == validator
+        assert ml_1m.source(f"score {t}", "recots") == f"sample {t}/recots"
+        assert ml_1m.source(f"preferences {t}", "rewards") == f"score {t}/rewards"
+        assert ml_1m.source(f"sdpo {t}", "preferences") == f"preferences {t}/preferences"
+        assert ml_1m.source(f"sdpo {t}", "generator") == generator
+        generator = f"sdpo {t}/aligned"
+        assert ml_1m.source(f"generate {t}", "generator") == generator
+        assert ml_1m.source(f"rec_tune {t}", "recots") == f"generate {t}/recots"
+        assert ml_1m.source(f"rec_tune {t}", "validator") == validator
+        validator = f"rec_tune {t}/tuned"
+        assert ml_1m.source(f"evaluate (iteration {t})", "validator") == validator
+        assert ml_1m.source(f"evaluate (iteration {t})", "recots") == f"generate {t}/recots"
+        assert ml_1m.parameter(f"sample {t}", "iteration") == t
+
+
+def test_controls(ml_1m: Compiled) -> None:
+    """Figure 1's (no RecCoT, zero-shot and tuned), and RecCoTs shuffled between users on the last V and G."""
+    zero_shot, tuned = "evaluate (no RecCoT, zero-shot)", "evaluate (no RecCoT, tuned)"
+    assert ml_1m.source(zero_shot, "validator") == "base model/artifact"
+    assert ml_1m.source(tuned, "validator") == "rec_tune (no RecCoT)/tuned"
+    for title in (zero_shot, tuned, "rec_tune (no RecCoT)"):
+        assert "recots" not in ml_1m.tasks[title]["inputs"]["artifacts"]
+    shuffled = "evaluate (RecCoTs shuffled between users)"
+    assert ml_1m.source(shuffled, "validator") == "rec_tune 3/tuned"
+    assert ml_1m.source(shuffled, "recots") == "generate 3/recots"
+    assert ml_1m.parameter(shuffled, "shuffled") is True
+    assert ml_1m.parameter("evaluate (iteration 3)", "shuffled") is False
+
+
+def test_the_report_grows_by_every_evaluation(ml_1m: Compiled) -> None:
+    row = "compare (RecCoTs shuffled between users)"
+    evaluations = set()
+    while True:
+        evaluations.add(ml_1m.source(row, "metrics"))
+        if "previous" not in ml_1m.tasks[row]["inputs"]["artifacts"]:
+            break
+        row = ml_1m.source(row, "previous").removesuffix("/report")
+    assert evaluations == {f"{title}/metrics" for title in ml_1m.tasks if title.startswith("evaluate")}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "check"),
+    [
+        ("loop.validator_init", "base", ("rec_tune 3", "validator", "base model/artifact")),
+        ("loop.distillation", False, ("sample 1", "generator", "base model/artifact")),
+    ],
+)
+def test_loop_settings(tmp_path: Path, setting: str, value: Any, check: tuple[str, str, str]) -> None:
+    loaded = config.load(Path("pipelines/configs/quickstart.yaml"), {setting: value})
+    title, artifact, source = check
+    assert compiled(loaded, tmp_path).source(title, artifact) == source
+
+
+def test_without_controls(tmp_path: Path) -> None:
+    loaded = config.load(Path("pipelines/configs/quickstart.yaml"), {"loop.controls": False, "loop.iterations": 1})
+    titles = stage_tasks(compiled(loaded, tmp_path))
+    assert sorted(title for title in titles if title.startswith(("evaluate", "rec_tune"))) == [
+        "evaluate (iteration 0)",
+        "evaluate (iteration 1)",
+        "rec_tune 1",
+    ]
+
+
+def test_every_hyperparameter_comes_from_the_config(shipped: tuple[dict[str, Any], Compiled]) -> None:
+    raw, pipeline = shipped
+    for title in stage_tasks(pipeline):
+        stage = stage_of(title)
+        if stage == "compare":
+            continue
+        assert "settings" in pipeline.tasks[title]["inputs"]["parameters"], title
+        given = pipeline.parameter(title, "settings")
+        for key, value in raw.get(stage, {}).items():
+            if not isinstance(value, dict):
+                assert given[key] == value, f"{title}: {key}"
+        if "seed" in pipeline.tasks[title]["inputs"]["parameters"]:
+            assert pipeline.parameter(title, "seed") == raw["seed"]
+
+
+def test_images(shipped: tuple[dict[str, Any], Compiled]) -> None:
+    """Every stage runs in the image that `components.images` names, under a tag of its own sources."""
+    raw, pipeline = shipped
+    registry = raw.get("registry", "trackrec")
+    for title in stage_tasks(pipeline):
+        stage = stage_of(title)
+        image = pipeline.executor(title)["container"]["image"]
+        assert image == f"{registry}/{images.IMAGE_OF[stage]}:{stage}-{images.source_hash(stage)}"
+
+
+def kib(quantity: str) -> float:
+    units = {"Ki": 1, "Mi": 1024, "Gi": 1024**2}
+    return float(quantity[:-2]) * units[quantity[-2:]]
+
+
+def test_what_each_pod_asks_for(shipped: tuple[dict[str, Any], Compiled]) -> None:
+    """Against the YAML as written, default by default, on both documents of the IR."""
+    raw, pipeline = shipped
+    for title in stage_tasks(pipeline):
+        asked = raw["resources"].get(stage_of(title), {})
+        container, task = pipeline.executor(title)["container"], pipeline.tasks[title]
+        resources, platform = container["resources"], pipeline.platform(title)
+
+        assert resources["resourceCpuLimit"] == resources["resourceCpuRequest"] == asked.get("cpu", "2")
+        assert resources["resourceMemoryLimit"] == resources["resourceMemoryRequest"] == asked.get("memory", "8Gi")
+        accelerator = asked.get("accelerator")
+        if accelerator:
+            assert resources["accelerator"]["resourceType"] == accelerator["type"]
+            assert resources["accelerator"]["resourceCount"] == str(accelerator["count"])
+        else:
+            assert "accelerator" not in resources
+
+        assert task["cachingOptions"].get("enableCache", False) == asked.get("cache", True)
+        retries = asked.get("retries", 2)
+        assert task.get("retryPolicy", {}).get("maxRetryCount", 0) == retries
+
+        assert platform.get("nodeSelector", {}).get("labels", {}) == asked.get("node_selector", {})
+        expected = [{"operator": "Exists", **toleration} for toleration in asked.get("tolerations", [])]
+        assert platform.get("tolerations", []) == expected
+        (scratch,) = platform["genericEphemeralVolume"]
+        assert (scratch["mountPath"], scratch["size"]) == ("/tmp", asked.get("ephemeral_storage", "20Gi"))
+        shm = platform.get("emptyDirMounts", [])
+        wanted = [("/dev/shm", "Memory", asked["shm"])] if "shm" in asked else []
+        assert [(mount["mountPath"], mount["medium"], mount["sizeLimit"]) for mount in shm] == wanted
+        claims = platform.get("pvcMount", [])
+        assert [claim["constant"] for claim in claims] == ([asked["work_claim"]] if "work_claim" in asked else [])
+        secrets = platform.get("secretAsEnv", [])
+        assert [(s["secretName"], s["keyToEnv"][0]["secretKey"], s["keyToEnv"][0]["envVar"]) for s in secrets] == [
+            (s["secret"], s["key"], s["env"]) for s in asked.get("secrets", [])
+        ]
+
+
+def test_the_7b_training_pod_by_hand(ml_1m: Compiled) -> None:
+    resources = ml_1m.executor("sdpo 2")["container"]["resources"]
+    assert resources["accelerator"] == {"resourceCount": "8", "resourceType": "nvidia.com/gpu"} | {
+        key: value for key, value in resources["accelerator"].items() if key in ("count", "type")
+    }
+    assert kib(resources["resourceMemoryLimit"]) == 400 * 1024**2
+    platform = ml_1m.platform("sdpo 2")
+    assert platform["nodeSelector"]["labels"] == {"cloud.google.com/gke-accelerator": "nvidia-a100-80gb"}
+    assert platform["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
+    assert ml_1m.tasks["sdpo 2"]["retryPolicy"]["maxRetryCount"] == 3
+
+
+def test_resources_can_be_changed_for_one_stage_alone(tmp_path: Path) -> None:
+    overrides = {"resources.sample.cache": False, "resources.sample.memory": "3Gi", "resources.sample.retries": 5}
+    pipeline = compiled(config.load(Path("pipelines/configs/quickstart.yaml"), overrides), tmp_path)
+    assert not pipeline.tasks["sample 1"]["cachingOptions"].get("enableCache", False)
+    assert pipeline.executor("sample 1")["container"]["resources"]["resourceMemoryLimit"] == "3Gi"
+    assert pipeline.tasks["sample 1"]["retryPolicy"]["maxRetryCount"] == 5
+    assert pipeline.tasks["score 1"]["cachingOptions"]["enableCache"] is True
+
+
+def test_no_secret_in_the_ir(ml_1m: Compiled) -> None:
+    """The teacher's key comes from a Kubernetes secret; the IR names it and holds no value."""
+    assert ml_1m.platform("distill_data")["secretAsEnv"][0]["secretName"] == "trackrec-teacher"
+    assert "env" not in ml_1m.executor("distill_data")["container"]

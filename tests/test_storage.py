@@ -1,0 +1,112 @@
+"""Directories that appear whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trackrec import storage
+from trackrec.config import PreferencesSettings, ScoreSettings
+from trackrec.data import schema
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(storage.WORK_ENV, str(tmp_path / "work"))
+    return tmp_path / "work"
+
+
+def publish(out: Path, text: str, **inputs: Path) -> None:
+    with storage.publish("score", ScoreSettings(), inputs=inputs, outputs={"out": out}) as job:
+        (job.outputs["out"] / "data.txt").write_text(text)
+        job.facts["rows"] = 3
+
+
+def test_a_published_directory_carries_its_manifest(tmp_path: Path) -> None:
+    raw = tmp_path / "raw.txt"
+    raw.write_text("raw")
+    publish(tmp_path / "out", "hello", raw=raw)
+    manifest = storage.read_manifest(tmp_path / "out")
+    # sha256 of "hello" and of "raw", as sha256sum prints them
+    assert manifest.files == {"data.txt": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"}
+    assert manifest.inputs == {"raw": storage.file_hash(raw)}
+    assert manifest.stage == "score" and manifest.facts == {"rows": 3} and manifest.peak_memory_bytes > 1e6
+    assert storage.numbers(tmp_path / "out") == {"rows": 3}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_failure_leaves_no_output_and_the_old_one_alone(tmp_path: Path) -> None:
+    publish(tmp_path / "out", "old")
+    with (
+        pytest.raises(RuntimeError, match="half way"),
+        storage.publish("score", ScoreSettings(), inputs={}, outputs={"out": tmp_path / "out", "b": tmp_path / "b"}) as job,
+    ):
+        (job.outputs["out"] / "data.txt").write_text("new")
+        raise RuntimeError("half way")
+    assert (tmp_path / "out" / "data.txt").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "work"]
+
+
+def test_the_work_directory_survives_a_failure_and_only_that(tmp_path: Path) -> None:
+    def attempt(fail: bool, settings: PreferencesSettings = PreferencesSettings()) -> list[str]:
+        with storage.publish("preferences", settings, inputs={}, outputs={"o": tmp_path / "o"}, seed="1") as job:
+            found = sorted(p.name for p in job.work.iterdir())
+            (job.work / "shard-0").write_text("done")
+            if fail:
+                raise KeyboardInterrupt
+        return found
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(fail=True)
+    assert attempt(fail=False, settings=PreferencesSettings(tolerance=0.5)) == []
+    assert attempt(fail=False) == ["shard-0"]
+    assert attempt(fail=False) == []
+
+
+def test_readers_refuse_a_directory_without_a_manifest(tmp_path: Path) -> None:
+    schema.write(tmp_path, "predictions", [{"row_id": 1, "score": 0.5}])
+    with pytest.raises(storage.NotPublishedError, match="has not finished"):
+        schema.read(tmp_path, "predictions")
+
+
+def test_a_changed_file_is_found(tmp_path: Path) -> None:
+    publish(tmp_path / "out", "hello")
+    storage.verify(tmp_path / "out")
+    (tmp_path / "out" / "data.txt").write_text("hullo")
+    with pytest.raises(storage.CorruptError, match=r"data\.txt is missing or differs"):
+        storage.verify(tmp_path / "out")
+
+
+def test_content_hash_is_of_the_content_alone(tmp_path: Path) -> None:
+    publish(tmp_path / "a", "same")
+    publish(tmp_path / "b", "same")
+    publish(tmp_path / "c", "other")
+    assert storage.content_hash(tmp_path / "a") == storage.content_hash(tmp_path / "b")
+    assert storage.content_hash(tmp_path / "a") != storage.content_hash(tmp_path / "c")
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "x").write_text("1")
+    before = storage.content_hash(raw)
+    (raw / "x").write_text("2")
+    assert storage.content_hash(raw) != before
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        storage.content_hash(tmp_path / "nothing")
+
+
+def test_a_table_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with storage.publish("score", ScoreSettings(), inputs={}, outputs={"o": tmp_path / "o"}) as job:
+        pq.write_table(pa.table({"row_id": [1], "score": ["high"]}), schema.path_of(job.outputs["o"], "predictions"))
+    with pytest.raises(schema.SchemaError, match=r"'score' of table 'predictions' is string, expected double"):
+        schema.read(tmp_path / "o", "predictions")
+    with pytest.raises(schema.SchemaError, match=r"'context_id' of table 'recots' is missing"):
+        schema.check(pa.schema([("sample", pa.int32())]), "recots", "here")
+
+
+def test_write_atomic_replaces_whole(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "record.json"
+    storage.write_atomic(path, json.dumps({"a": 1}).encode())
+    storage.write_atomic(path, b"{}")
+    assert path.read_bytes() == b"{}" and list(path.parent.iterdir()) == [path]
