@@ -5,6 +5,7 @@ A context is u_i: a user's history at a moment. An example is (u_i, i_i, y_i). `
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -134,11 +135,11 @@ def read(directory: Path, table: str, columns: list[str] | None = None) -> pa.Ta
     return pq.read_table(path, columns=columns or TABLES[table].names)
 
 
-def rows(directory: Path, table: str, columns: list[str] | None = None) -> list[dict[str, object]]:
+def rows(directory: Path, table: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
     return read(directory, table, columns).to_pylist()
 
 
-def write(directory: Path, table: str, data: pa.Table | Iterable[dict[str, object]]) -> int:
+def write(directory: Path, table: str, data: pa.Table | Iterable[dict[str, Any]]) -> int:
     """Writes `data` with the table's schema and returns the number of rows."""
     schema = TABLES[table]
     content = data if isinstance(data, pa.Table) else pa.Table.from_pylist(list(data), schema=schema)
