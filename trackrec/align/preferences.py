@@ -38,8 +38,10 @@ def build(
         ValueError: a sample is scored on other examples than its siblings, or the two tables hold different samples.
     """
     texts: dict[str, dict[int, str]] = defaultdict(dict)
+    finished: dict[str, dict[int, bool]] = defaultdict(dict)
     for row in recots:
         texts[row["context_id"]][row["sample"]] = row["text"]
+        finished[row["context_id"]][row["sample"]] = row["finish_reason"] == "stop"
     scored: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rewards:
         scored[row["context_id"]][row["sample"]][row["row_id"]] = row["reward"]
@@ -73,6 +75,8 @@ def build(
                 "rejected": [samples[sample] for sample in negatives],
                 "chosen_reward": mean[best],
                 "rejected_rewards": [mean[sample] for sample in negatives],
+                "chosen_finished": finished[context_id][best],
+                "rejected_finished": [finished[context_id][sample] for sample in negatives],
             }
         )
     tally.preferences = len(sets)

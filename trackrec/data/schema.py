@@ -92,6 +92,9 @@ TABLES: dict[str, pa.Schema] = {
             ("rejected", pa.list_(pa.string())),
             ("chosen_reward", pa.float64()),
             ("rejected_rewards", pa.list_(pa.float64())),
+            # Whether the text ended by itself ("stop"); one cut at the token limit has no end-of-sequence token to learn.
+            ("chosen_finished", pa.bool_()),
+            ("rejected_finished", pa.list_(pa.bool_())),
         ]
     ),
     "predictions": pa.schema([("row_id", pa.int64()), ("score", pa.float64())]),

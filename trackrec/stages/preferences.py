@@ -26,13 +26,13 @@ def run(settings: PreferencesSettings, *, recots: Path, rewards: Path, preferenc
     inputs = {"recots": recots, "rewards": rewards}
     with storage.publish("preferences", settings, inputs=inputs, outputs={"preferences": preferences}) as job:
         scored: list[dict[str, Any]] = schema.rows(rewards, "rewards", ["context_id", "row_id", "sample", "reward"])
-        sampled = schema.rows(recots, "recots", ["context_id", "sample", "text"])
+        sampled = schema.rows(recots, "recots", ["context_id", "sample", "text", "finish_reason"])
         sets, tally = build(sampled, scored, settings.tolerance)
         if not sets:
             raise NothingToLearnError(
                 f"none of {tally.contexts} contexts gives a preference set: {tally.dropped_equal} have all rewards "
-                f"within `preferences.tolerance` ({settings.tolerance:g}) of one another, {tally.dropped_same_text} have "
-                "only one text. Raise `sample.temperature` or `sample.n`, sample more contexts, or lower the tolerance."
+                f"within `preferences.tolerance` ({settings.tolerance:g}) of one another, {tally.dropped_same_text} "
+                "have only one text. Raise `sample.temperature` or `sample.n`, sample more contexts, or lower it."
             )
         schema.write(job.outputs["preferences"], "preferences", sets)
         job.facts |= asdict(tally) | {
