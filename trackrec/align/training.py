@@ -45,6 +45,18 @@ class TooLongError(ValueError):
     """An example has more tokens than `max_length`; examples are never silently cut."""
 
 
+def check_length(tokens: int, max_length: int, what: str) -> None:
+    """
+    Raises:
+        TooLongError: `what` has more tokens than allowed.
+    """
+    if tokens > max_length:
+        raise TooLongError(
+            f"{what} has {tokens} tokens, more than max_length {max_length}; raise `max_length`, or shorten "
+            "`contexts.history_length` or the RecCoTs' `max_tokens`"
+        )
+
+
 def launch(
     settings: TrainingSettings, body: Callable[..., dict[str, Any]], *args: Any, processes: int | None = None
 ) -> dict[str, Any]:
@@ -98,7 +110,8 @@ def arguments(settings: TrainingSettings, work: Path, seed: int) -> dict[str, An
         "bf16": compute_dtype(settings) == "bfloat16",
         "use_cpu": not on_gpu,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        # PEFT on ZeRO-3 works with the reentrant kind alone.
+        "gradient_checkpointing_kwargs": {"use_reentrant": settings.deepspeed == "zero3" and settings.lora is not None},
         "deepspeed": deepspeed_config(settings.deepspeed) if settings.deepspeed else None,
         "save_strategy": "steps",
         "save_steps": settings.checkpoint_steps,
@@ -167,22 +180,31 @@ def load_trainable(settings: TrainingSettings, base_model: Path, model: Path, se
         return merged.requires_grad_(True)
     if isinstance(loaded, PeftModel):
         _refuse_another_rank(loaded, settings.lora, model)
-        return loaded
-    if storage.content_hash(model) != storage.content_hash(base_model):
-        raise ValueError(
-            f"{model} holds full weights that are not the base model's, so a LoRA adapter cannot be trained on it; "
-            "set `lora: null` here too, or train the earlier stage with LoRA"
+        adapted = loaded
+    else:
+        if storage.content_hash(model) != storage.content_hash(base_model):
+            raise ValueError(
+                f"{model} holds full weights that are not the base model's, so a LoRA adapter cannot be trained on it; "
+                "leave `lora` out here too, or train the earlier stage with LoRA"
+            )
+        set_seed(seed % _SEED_LIMIT)  # the adapter's first matrix is random
+        # ZeRO-3 gathers a module's parameters together and so wants them in one dtype.
+        adapted = get_peft_model(
+            loaded, _lora_config(settings.lora), autocast_adapter_dtype=settings.deepspeed != "zero3"
         )
-    config = LoraConfig(
+    if settings.gradient_checkpointing:
+        adapted.enable_input_require_grads()  # the embedding is frozen, and a checkpoint needs an input with gradients
+    return adapted
+
+
+def _lora_config(lora: LoraSettings) -> LoraConfig:
+    return LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.lora.r,
-        lora_alpha=settings.lora.alpha,
-        lora_dropout=settings.lora.dropout,
-        target_modules=settings.lora.target_modules,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
     )
-    set_seed(seed % _SEED_LIMIT)  # the adapter's first matrix is random
-    # ZeRO-3 gathers a module's parameters together and so wants them in one dtype.
-    return get_peft_model(loaded, config, autocast_adapter_dtype=settings.deepspeed != "zero3")
 
 
 def _refuse_another_rank(model: PeftModel, lora: LoraSettings, where: Path) -> None:
@@ -227,8 +249,8 @@ class MeanLossTrainer(Trainer):
     def _inside_wrapper(self, wrapper: nn.Module, batch: dict[str, Any]) -> Tensor:
         """`example_losses` in the place of the bare model's forward.
 
-        DDP and DeepSpeed set up their exchange of gradients in the wrapper's forward, which a loss that calls the model's
-        parts would miss.
+        DDP and DeepSpeed set up their exchange of gradients in the wrapper's forward, which a loss that calls the
+        model's parts would miss.
         """
         bare = cast(PreTrainedModel | PeftModel, self.accelerator.unwrap_model(wrapper))
         if bare is wrapper:
@@ -236,14 +258,14 @@ class MeanLossTrainer(Trainer):
         forward = bare.forward
 
         def losses(batch: dict[str, Any]) -> Tensor:
-            bare.forward = forward
+            bare.forward = forward  # type: ignore[method-assign]
             return self.example_losses(bare, batch)
 
-        bare.forward = losses
+        bare.forward = losses  # type: ignore[method-assign]
         try:
             return wrapper(batch)
         finally:
-            bare.forward = forward
+            bare.forward = forward  # type: ignore[method-assign]
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

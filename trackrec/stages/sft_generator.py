@@ -1,0 +1,41 @@
+"""Distillation: the generator's supervised fine-tuning on the teacher's RecCoTs (paper 3.5)."""
+
+from pathlib import Path
+from typing import Any
+
+from trackrec import seeds, storage
+from trackrec.align import distillation
+from trackrec.align.training import launch
+from trackrec.config import SftSettings
+from trackrec.data import schema
+from trackrec.prompts.render import cot_prompt
+
+
+def run(
+    settings: SftSettings, *, contexts: Path, recots: Path, base_model: Path, generator: Path, seed: int = 0
+) -> None:
+    """Writes G, trained from the base model, to `generator`.
+
+    Args:
+        recots: the teacher's, one or more a context.
+    """
+    inputs = {"contexts": contexts, "recots": recots, "base_model": base_model}
+    with storage.publish("sft_generator", settings, inputs=inputs, outputs={"generator": generator}, seed=seed) as job:
+        out = job.outputs["generator"]
+        job.facts |= launch(settings, _train, settings, contexts, recots, base_model, out, job.work, seed)
+
+
+def _train(
+    settings: SftSettings, contexts: Path, recots: Path, base_model: Path, out: Path, work: Path, seed: int
+) -> dict[str, Any]:
+    shown = {row["context_id"]: row for row in schema.rows(contexts, "contexts")}
+    demonstrations = [
+        distillation.Demonstration(
+            context_id=recot["context_id"],
+            prompt=cot_prompt(shown[recot["context_id"]]["domain"], shown[recot["context_id"]]["history"]),
+            recot=recot["text"],
+            finished=recot["finish_reason"] == "stop",
+        )
+        for recot in schema.rows(recots, "recots")
+    ]
+    return distillation.distil(settings, demonstrations, base_model, out, work, seeds.derive(seed, "sft_generator"))
