@@ -3,24 +3,42 @@
 import random
 from collections.abc import Mapping
 
+# Random starts; only contexts shared by several users in part ever need a second one.
+_STARTS = 100
+
 
 def shuffle_between_users(owners: Mapping[str, frozenset[str]], seed: int) -> dict[str, str]:
     """For each context, the context whose RecCoT it gets: a permutation in which no text stays with a user of its own.
 
-    A random permutation, in which each conflict is then swapped away. While no two contexts share only part of their
-    users, a swap is there to be found unless one user owns more than half of the contexts, where no such permutation
-    exists: of the n - k contexts that are not the user's, at most k - 1 hold one of the user's k texts.
+    A random permutation, in which each conflict is then swapped away. Where every context has one user, a swap is there
+    to be found unless some user owns more than half of the contexts, and then no such permutation exists: of the n - k
+    contexts that are not a user's, at most k - 1 hold one of the user's k texts while one is where it must not be.
 
     Args:
         owners: the users of each context (equal histories make one context for several users).
 
     Raises:
-        ValueError: a conflict cannot be swapped away.
+        ValueError: no such permutation was found.
     """
     receivers = sorted(owners)
-    givers = receivers.copy()
     rng = random.Random(seed)
-    rng.shuffle(givers)
+    for _ in range(_STARTS):
+        givers = receivers.copy()
+        rng.shuffle(givers)
+        stuck = _swap_conflicts_away(receivers, givers, owners, rng)
+        if not stuck:
+            return dict(zip(receivers, givers, strict=True))
+    raise ValueError(
+        f"RecCoTs cannot be shuffled between users: too many of the {len(receivers)} evaluated contexts are of user "
+        f"{', '.join(sorted(stuck)[:3])}. Evaluate more users (raise `contexts.max_test_contexts`), or run without "
+        "controls (`loop.controls: false`)."
+    )
+
+
+def _swap_conflicts_away(
+    receivers: list[str], givers: list[str], owners: Mapping[str, frozenset[str]], rng: random.Random
+) -> frozenset[str]:
+    """Changes `givers` in place; returns the users of a context that no swap helps, none when all are apart."""
 
     def apart(receiver: int, giver: int) -> bool:
         return owners[receivers[receiver]].isdisjoint(owners[givers[giver]])
@@ -33,10 +51,6 @@ def shuffle_between_users(owners: Mapping[str, frozenset[str]], seed: int) -> di
         candidates = ((start + step) % len(receivers) for step in range(len(receivers)))
         swap = next((j for j in candidates if apart(i, j) and apart(j, i)), None)
         if swap is None:
-            users = ", ".join(sorted(owners[receivers[i]])[:3])
-            raise ValueError(
-                f"RecCoTs cannot be shuffled between users: too many of the {len(receivers)} evaluated contexts are of "
-                f"user {users}. Evaluate more users (`contexts.max_{{split}}_contexts`), or set `loop.controls: false`."
-            )
+            return owners[receivers[i]]
         givers[i], givers[swap] = givers[swap], givers[i]
-    return dict(zip(receivers, givers, strict=True))
+    return frozenset()
