@@ -1,7 +1,7 @@
 """Typed settings of a run: one class a stage, read from a YAML file.
 
-The field names of `RunConfig` are the stages' names. `trackrec.config_file` reads it; an unknown key, a wrong type or an
-impossible combination is refused with the key's path and what is allowed.
+The field names of `RunConfig` are the stages' names. `trackrec.config_file` reads it; an unknown key, a wrong type
+or an impossible combination is refused with the key's path and what is allowed.
 """
 
 from typing import Annotated, Literal, Self
