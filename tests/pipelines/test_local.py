@@ -1,0 +1,200 @@
+"""The compiled pipeline on this machine, through the `trackrec` command."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines import local, single
+from pipelines.local import RunRecord
+from trackrec import storage
+from trackrec.data import schema
+
+QUICKSTART = "pipelines/configs/quickstart.yaml"
+# The quick start cut down to seconds a stage; the model, where a test names none, is the real one.
+SMALL = (
+    "loop.iterations=1",
+    "contexts.history_length=4",
+    "contexts.max_train_contexts=4",
+    "contexts.max_valid_contexts=1",
+    "contexts.max_test_contexts=5",
+    "contexts.max_examples_per_context=4",
+    "sample.n=2",
+    "sample.max_tokens=12",
+    "sample.max_contexts=3",
+    "generate.max_tokens=12",
+)
+
+
+def trackrec(
+    root: Path, command: str, *arguments: str, settings: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    line = [str(Path(sys.executable).with_name("trackrec")), command, "--root", str(root), *arguments]
+    for setting in settings:
+        line += ["--set", setting]
+    return subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
+
+
+def newest(root: Path) -> RunRecord:
+    folder = max(root.glob(f"*/{local.RECORD}"), key=lambda path: path.stat().st_mtime).parent
+    return local.read_record(root, folder.name)
+
+
+def ran(record: RunRecord) -> set[str]:
+    return {task.title for task in record.tasks.values() if task.stage and not task.cached}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The whole quick start with the real small model, controls included, at T = 1."""
+    root = tmp_path_factory.mktemp("runs")
+    done = trackrec(root, "run", "--config", QUICKSTART, settings=SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root, done.stdout
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, tuple[str, ...]]:
+    """The same without controls on a random two-layer model: what the cache's tests change and run again."""
+    root = tmp_path_factory.mktemp("quick")
+    settings = (*SMALL, "loop.controls=false", f"base_model={tiny_model}")
+    done = trackrec(root, "run", "--config", QUICKSTART, settings=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root, settings
+
+
+def test_a_whole_run_ends_in_the_table(whole: tuple[Path, str]) -> None:
+    root, output = whole
+    record = newest(root)
+    for row in ("item mean", "no RecCoT, zero-shot", "no RecCoT, tuned", "iteration 0", "iteration 1", "shuffled"):
+        assert row in output
+    for title in ("sample 1", "score 1", "preferences 1", "sdpo 1", "generate 1", "rec_tune 1"):
+        assert title in ran(record)
+    for task in record.tasks.values():
+        for artifact in task.outputs.values():
+            assert Path(artifact.uri).exists()
+            assert artifact.uri in output
+
+
+def test_what_a_whole_run_wrote(whole: tuple[Path, str]) -> None:
+    root, _ = whole
+    record = newest(root)
+    outputs = {task.title: {name: Path(a.uri) for name, a in task.outputs.items()} for task in record.tasks.values()}
+
+    contexts = schema.rows(outputs["contexts"]["contexts"], "contexts")
+    samples = schema.rows(outputs["sample 1"]["recots"], "recots")
+    assert len(samples) == 3 * 2
+    train = {row["context_id"] for row in contexts if row["split"] == "train"}
+    assert {row["context_id"] for row in samples} <= train and len(train) == 4
+    for row in schema.rows(outputs["score 1"]["rewards"], "rewards"):
+        assert row["p_yes"] + row["p_no"] == pytest.approx(1)
+    written = schema.rows(outputs["generate 1"]["recots"], "recots")
+    assert {row["context_id"] for row in written} == {row["context_id"] for row in contexts}
+    assert all(row["num_tokens"] <= 12 and row["finish_reason"] in ("stop", "length") for row in written)
+    tests = [row for row in schema.rows(outputs["contexts"]["examples"], "examples") if row["split"] == "test"]
+    predictions = schema.rows(outputs["evaluate (iteration 1)"]["predictions"], "predictions")
+    assert {row["row_id"] for row in predictions} == {row["row_id"] for row in tests}
+
+    # G changed by distillation, then by alignment; V by Rec-tuning.
+    models = [outputs["sft_generator"]["generator"], outputs["sdpo 1"]["aligned"], outputs["rec_tune 1"]["tuned"]]
+    assert len({storage.content_hash(model) for model in models}) == 3
+    for model in models:
+        assert (model / "adapter_model.safetensors").is_file()
+        assert str(root) not in (model / "adapter_config.json").read_text()
+
+
+def test_a_second_run_is_all_cache_hits(quick: tuple[Path, tuple[str, ...]]) -> None:
+    root, settings = quick
+    done = trackrec(root, "run", "--config", QUICKSTART, settings=settings)
+    assert done.returncode == 0, done.stderr
+    assert ran(newest(root)) == set()
+
+
+def test_a_changed_setting_runs_its_stage_again_and_what_follows(quick: tuple[Path, tuple[str, ...]]) -> None:
+    root, settings = quick
+    done = trackrec(root, "run", "--config", QUICKSTART, settings=(*settings, "sdpo.beta=0.7"))
+    assert done.returncode == 0, done.stderr
+    assert ran(newest(root)) == {
+        "sdpo 1",
+        "generate 1",
+        "rec_tune 1",
+        "evaluate (iteration 1)",
+        "compare (iteration 1)",
+    }
+
+
+def test_a_changed_input_is_seen(quick: tuple[Path, tuple[str, ...]], tmp_path: Path, tiny_model: Path) -> None:
+    """The same path with other content is another input: its hash is in the importer's metadata."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    root, settings = quick
+    shorter = (*settings, f"base_model={model}", "loop.iterations=0", "loop.distillation=false")
+    for expected in ({"generate 0", "evaluate (iteration 0)", "compare (iteration 0)"}, set()):
+        assert trackrec(root, "run", "--config", QUICKSTART, settings=shorter).returncode == 0
+        assert ran(newest(root)) == expected
+    (model / "generation_config.json").write_text("{}")
+    assert trackrec(root, "run", "--config", QUICKSTART, settings=shorter).returncode == 0
+    assert "generate 0" in ran(newest(root))
+
+
+def test_one_stage_again(quick: tuple[Path, tuple[str, ...]]) -> None:
+    root, settings = quick
+    trackrec(root, "run", "--config", QUICKSTART, settings=settings)
+    run = newest(root)
+    done = trackrec(root, "stage", "sample 1", "--run", run.run, settings=("sample.n=3",))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (task,) = [task for task in newest(root).tasks.values() if task.stage]
+    assert task.title == "sample 1"
+    before = {task.title: task for task in run.tasks.values()}["sample 1"]
+    assert task.inputs["contexts"].uri == before.inputs["contexts"].uri
+    assert len(schema.rows(Path(task.outputs["recots"].uri), "recots")) == 3 * 3
+    assert task.outputs["recots"].uri in done.stdout
+
+
+def test_which_task_is_meant(quick: tuple[Path, tuple[str, ...]]) -> None:
+    root, settings = quick
+    trackrec(root, "run", "--config", QUICKSTART, settings=settings)
+    record = newest(root)
+    assert single.find(record, "ingest").stage == "ingest"
+    assert single.find(record, "generate 1").title == "generate 1"
+    with pytest.raises(
+        LookupError, match=r"several tasks of the stage 'generate'; name one: 'generate [01]', 'generate [01]'"
+    ):
+        single.find(record, "generate")
+    with pytest.raises(LookupError, match="no stage or task 'sampel'"):
+        single.find(record, "sampel")
+
+
+def test_a_failing_stage_fails_the_run_with_its_reason(quick: tuple[Path, tuple[str, ...]]) -> None:
+    root, settings = quick
+    done = trackrec(root, "run", "--config", QUICKSTART, settings=(*settings, "sdpo.max_length=8"))
+    assert done.returncode == 1
+    assert "sdpo 1 failed" in done.stderr and "max_length" in done.stderr
+    log = re.search(r"the whole log is (\S+)\.", done.stderr)
+    assert log and "max_length" in Path(log[1]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--config", "nothing.yaml"), "nothing.yaml: cannot be read"),
+        (("run", "--config", QUICKSTART, "--set", "sample.m=1"), "sample.m: unknown key; allowed here:"),
+        (("run", "--config", QUICKSTART, "--set", "raw_data=/nowhere"), "raw_data: /nowhere does not exist"),
+        (("run", "--config", QUICKSTART, "--set", "raw_data=package:ml-9"), "ml-100k"),
+        (("stage", "sample", "--run", "no-such-run"), "no finished run 'no-such-run'"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = trackrec(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+
+
+def test_help_shows_all() -> None:
+    line = [str(Path(sys.executable).with_name("trackrec")), "--help"]
+    text = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    for command in ("run", "stage", "compile", "report", "stages", "ingest", "fetch"):
+        assert re.search(rf"\b{command}\b", text), command
