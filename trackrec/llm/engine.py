@@ -20,7 +20,7 @@ Group = tuple[list[int], Sequence[list[int]]]
 
 @dataclass(frozen=True)
 class Completion:
-    """`text` without special tokens; `num_tokens` counts the end-of-sequence token where the model wrote one ("stop")."""
+    """`text` without special tokens; `num_tokens` counts the end-of-sequence token if the model wrote one ("stop")."""
 
     text: str
     num_tokens: int
@@ -45,7 +45,7 @@ class Engine(Protocol):
     def greedy(
         self, prompts: Sequence[list[int]], *, max_tokens: int, repetition_penalty: float
     ) -> Iterator[tuple[int, Completion]]:
-        """The likeliest token at each step, after `repetition_penalty` on the tokens of prompt and completion so far."""
+        """The likeliest token at each step, after `repetition_penalty` on all tokens of prompt and completion so far."""
         ...
 
     def score(self, groups: Sequence[Group]) -> Iterator[tuple[int, np.ndarray]]:

@@ -53,10 +53,10 @@ def check_base(base_model: Path, adapter: Path) -> None:
 
 
 def load_model(base_model: Path, model: Path, *, dtype: str, trainable: bool = False) -> PreTrainedModel | PeftModel:
-    """The model in directory `model`, which may be `base_model` itself, other full weights, or an adapter on `base_model`.
+    """The model in directory `model`: `base_model` itself, other full weights, or an adapter on `base_model`.
 
-    For inference (`trainable=False`) it is in eval mode on the GPU where there is one. With `trainable=True` it stays where
-    `from_pretrained` puts it, since a trainer (or ZeRO-3) places it, and an adapter's weights require gradients.
+    For inference (`trainable=False`) it is in eval mode on the GPU where there is one. With `trainable=True` it stays
+    where `from_pretrained` puts it, since a trainer (or ZeRO-3) places it, and an adapter's weights require gradients.
 
     Args:
         dtype: "float32", "bfloat16" or "auto" (`torch_dtype`).
@@ -79,7 +79,7 @@ def load_model(base_model: Path, model: Path, *, dtype: str, trainable: bool = F
     if trainable:
         return loaded
     if adapter and loaded.dtype == torch.float32:
-        # Saves the adapter's own products at each step. Not in bfloat16, whose eight bits would round small updates away.
+        # Saves the adapter's own products at each step. Not in bfloat16, which would round small updates away.
         loaded = loaded.merge_and_unload()
     return loaded.to(device()).eval()
 
