@@ -209,6 +209,8 @@ class RecordedTeacher(Settings):
 
     kind: Literal["recorded"] = "recorded"
     path: str = "ml-100k"
+    # Fewer recordings than this that fit the train contexts is taken for a mistake.
+    min_matches: Positive = 10
 
 
 class OpenAITeacher(Settings):

@@ -47,7 +47,8 @@ def _token_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
-def _decoder(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def _decoder(model: PreTrainedModel | PeftModel) -> nn.Module:
     """The model without its head, adapters in place."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(causal_lm, PreTrainedModel)
     return causal_lm.get_decoder()
