@@ -4,6 +4,7 @@ The field names of `RunConfig` are the stages' names. `trackrec.config_file` rea
 or an impossible combination is refused with the key's path and what is allowed.
 """
 
+from datetime import UTC, datetime
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -51,6 +52,14 @@ class ImpressionLog(Settings):
     def _has_a_label(self) -> Self:
         if self.label is None and (self.rating is None or self.liked_from is None):
             raise ValueError("give `label`, or both `rating` and `liked_from`")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_follow_in_time(self) -> Self:
+        moments = [datetime.fromisoformat(text) for text in (self.valid_from, self.test_from)]
+        valid, test = (moment if moment.tzinfo else moment.replace(tzinfo=UTC) for moment in moments)
+        if valid >= test:
+            raise ValueError(f"`valid_from` ({self.valid_from}) must lie before `test_from` ({self.test_from})")
         return self
 
 

@@ -29,7 +29,8 @@ def stage_amazon_book(database: duckdb.DuckDBPyConnection, source: Path, out: Pa
         database,
         reviews,
         _REVIEWS,
-        "SELECT line, reviewerID AS user_id, asin AS item_id, overall AS rating, unixReviewTime AS timestamp FROM {source}",
+        "SELECT line, reviewerID AS user_id, asin AS item_id, overall AS rating, unixReviewTime AS timestamp "
+        "FROM {source}",
         "user_id IS NOT NULL AND item_id IS NOT NULL AND isfinite(rating) AND timestamp IS NOT NULL",
         out / "ratings.parquet",
     )

@@ -39,7 +39,7 @@ def to_bytes(quantity: str) -> int:
 def connect(engine: Engine, memory_limit: str, scratch: Path) -> Iterator[BaseBackend]:
     """An engine that spills to `scratch` beyond `memory_limit`.
 
-    Spark: the session the process already has (`spark-submit` on a cluster), else a local one, which stays for the next.
+    Spark: the session the process already has (`spark-submit` on a cluster), else a local one, which stays open.
     """
     limit = to_bytes(memory_limit)
     if engine == "spark":

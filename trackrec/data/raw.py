@@ -33,13 +33,16 @@ _LONGEST_LINE = 1 << 20
 
 
 class RawDataError(ValueError):
-    """Raw input that is missing, truncated, mis-encoded or of the wrong shape; the message starts with file and line."""
+    """Raw input that is missing, truncated, mis-encoded or misshapen; the message starts with file and line."""
 
 
 @contextlib.contextmanager
 def scratch_database(memory_limit_bytes: int, scratch: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """A DuckDB that spills to `scratch` beyond `memory_limit_bytes`."""
-    config = {"memory_limit": f"{memory_limit_bytes}B", "temp_directory": str(scratch / "spill")}
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": f"{memory_limit_bytes}B",
+        "temp_directory": str(scratch / "spill"),
+    }
     with duckdb.connect(config=config) as connection:
         yield connection
 
@@ -126,7 +129,7 @@ def stage_ratings(
             [str(path), delimiter],
         )
     except duckdb.Error as error:
-        raise RawDataError(_csv_fault(path, str(error))) from error
+        raise RawDataError(csv_fault(path, str(error))) from error
     # The parser skips blank lines, and every later line number would be off.
     count = database.execute("SELECT count(*) FROM ratings").fetchall()[0][0]
     if count != _count_lines(path) - first + 1:
@@ -189,7 +192,8 @@ def _count_lines(path: Path) -> int:
     return count + (last != b"\n")
 
 
-def _csv_fault(path: Path, message: str) -> str:
+def csv_fault(path: Path, message: str) -> str:
+    """DuckDB's complaint about a text file, as `file:line: what`."""
     line = re.search(r"Line: (\d+)", message)
     # The parser's advice is about its own options; the first lines say what is wrong.
     what = message.split("Possible")[0].split("\n\n")[0].replace("\n", "; ")

