@@ -24,8 +24,10 @@ Row = dict[str, Any]
 # row_id, title and RecCoT of an example of one context.
 Target = tuple[int, str, str | None]
 
-# Contexts tokenised at once: bounds memory, and is many batches.
+# Groups tokenised at once: bounds memory, and is many batches.
 _CHUNK = 1024
+# Examples of one context in a group: an engine takes a group whole, and a context may have hundreds.
+_TARGETS = 16
 
 
 def run(
@@ -118,7 +120,12 @@ def _score(
     tokens = 0
     with Journal(journal_path) as journal:
         scores: dict[int, float] = {row_id: p for record in journal.records for row_id, p in record["scores"]}
-        waiting = [context_id for context_id in sorted(asked) if asked[context_id][0][0] not in scores]
+        waiting = [
+            (contexts[context_id], targets[start : start + _TARGETS])
+            for context_id, targets in sorted(asked.items())
+            for start in range(0, len(targets), _TARGETS)
+            if targets[start][0] not in scores
+        ]
         if not waiting:
             return scores, tokens
         engine = open_engine(settings.engine, base_model, validator)
@@ -127,10 +134,10 @@ def _score(
             bar.update(len(scores))
             for start in range(0, len(waiting), _CHUNK):
                 chunk = waiting[start : start + _CHUNK]
-                groups = [_group(engine.tokenizer, contexts[context_id], asked[context_id]) for context_id in chunk]
+                groups = [_group(engine.tokenizer, context, targets) for context, targets in chunk]
                 tokens += sum(len(prefix) + sum(map(len, suffixes)) for prefix, suffixes in groups)
                 for index, probabilities in engine.score(groups):
-                    targets = asked[chunk[index]]
+                    _, targets = chunk[index]
                     found = [(row_id, float(p)) for (row_id, *_), p in zip(targets, probabilities[:, 0], strict=True)]
                     journal.append({"scores": found})
                     scores.update(found)
