@@ -70,6 +70,6 @@ def _group(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[str]], cut
 def _wrapping(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """The chat template's ids before and after the user's text."""
     chat = [{"role": "user", "content": _CONTENT}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    text = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
     opening, closing = text.split(_CONTENT)
     return tokenizer.encode(opening, add_special_tokens=False), tokenizer.encode(closing, add_special_tokens=False)

@@ -45,7 +45,7 @@ class Engine(Protocol):
     def greedy(
         self, prompts: Sequence[list[int]], *, max_tokens: int, repetition_penalty: float
     ) -> Iterator[tuple[int, Completion]]:
-        """The likeliest token at each step, after `repetition_penalty` on all tokens of prompt and completion so far."""
+        """The likeliest token at each step, `repetition_penalty` applied to all of prompt and completion so far."""
         ...
 
     def score(self, groups: Sequence[Group]) -> Iterator[tuple[int, np.ndarray]]:

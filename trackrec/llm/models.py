@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -29,7 +29,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def load_tokenizer(base_model: Path) -> PreTrainedTokenizerFast:
-    tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
+    tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(base_model, local_files_only=True))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -67,7 +67,7 @@ def load_model(base_model: Path, model: Path, *, dtype: str, trainable: bool = F
     adapter = is_adapter(model)
     if adapter:
         check_base(base_model, model)
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         base_model if adapter else model,
         dtype=torch_dtype(dtype),
         local_files_only=True,

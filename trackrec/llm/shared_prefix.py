@@ -5,11 +5,12 @@ reads, N copies of its keys and values. Here the N rows' queries are multiplied 
 product, and one softmax runs over the prefix and the row's own tokens: a plain cache's numbers, up to rounding.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "trackrec_shared_prefix"
@@ -19,13 +20,13 @@ class UnsupportedModelError(ValueError):
     """A model whose attention is not plain causal attention in every layer."""
 
 
-def enable(model: PreTrainedModel) -> None:
+def enable(model: PreTrainedModel | PeftModel) -> None:
     """Makes `model` attend through `attend`; without a `SharedPrefixCache` it still computes plain causal attention.
 
     Raises:
         UnsupportedModelError: some layers use a sliding window, linear attention or soft-capped logits.
     """
-    config = model.config.get_text_config()
+    config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "attn_logit_softcapping", None):
         raise UnsupportedModelError(
@@ -37,19 +38,31 @@ def enable(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
 
 
+class PrefixRecorder:
+    """Stands for the cache while prefixes are encoded: each layer's keys and values, [B, kv heads, P, head size]."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys.append(key)
+        self.values.append(value)
+        return key, value
+
+
 class SharedPrefixCache:
     """Keys and values of B prefixes, and of the n rows that follow each: R = B·n rows, a prefix's rows side by side.
 
     Args:
-        prefixes: the prefixes' keys and values, [B, kv heads, P, head size] a layer, padded on the right.
+        prefixes: the prefixes' keys and values, padded on the right.
         lengths: [B], the prefixes' lengths.
         rows: n.
         capacity: the most tokens a row will add.
     """
 
-    def __init__(self, prefixes: DynamicCache, lengths: Tensor, rows: int, capacity: int) -> None:
-        self.prefix_keys = [layer.keys for layer in prefixes.layers]
-        self.prefix_values = [layer.values for layer in prefixes.layers]
+    def __init__(self, prefixes: PrefixRecorder, lengths: Tensor, rows: int, capacity: int) -> None:
+        self.prefix_keys, self.prefix_values = prefixes.keys, prefixes.values
         self.prefix_padding = _padding(lengths, self.prefix_keys[0].shape[2])
         batch, heads, _, size = self.prefix_keys[0].shape
         self.shape = (batch, rows)
@@ -106,8 +119,8 @@ def attend(
     """
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    prefix_key = shared_prefix.prefix_keys[module.layer_idx]
-    prefix_value = shared_prefix.prefix_values[module.layer_idx]
+    layer = cast(int, module.layer_idx)
+    prefix_key, prefix_value = shared_prefix.prefix_keys[layer], shared_prefix.prefix_values[layer]
     total, heads, length, size = query.shape
     kv_heads, own, shared = key.shape[1], key.shape[2], prefix_key.shape[2]
     batch, rows = shared_prefix.shape

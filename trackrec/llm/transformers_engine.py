@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from trackrec.config import EngineSettings
 from trackrec.llm import shared_prefix
 from trackrec.llm.engine import Completion, Group
 from trackrec.llm.models import load_model, load_tokenizer
 from trackrec.llm.sampling import nucleus, penalise_repetition
-from trackrec.llm.shared_prefix import SharedPrefixCache
+from trackrec.llm.shared_prefix import PrefixRecorder, SharedPrefixCache
 from trackrec.llm.tokens import yes_no_ids
 
 # (logits [R, V], the rows' numbers [R] in the batch, step) → the rows' next tokens [R]
@@ -42,8 +41,8 @@ class TransformersEngine:
     """`trackrec.llm.engine.Engine` over transformers.
 
     Args:
-        settings: `batch_tokens` bounds the tokens whose keys and values one batch holds, padding included; a single prompt
-            with its rows always makes a batch.
+        settings: `batch_tokens` bounds the tokens whose keys and values one batch holds, padding included; a single
+            prompt with its rows always makes a batch.
     """
 
     def __init__(self, settings: EngineSettings, base_model: Path, model: Path) -> None:
@@ -121,8 +120,8 @@ class TransformersEngine:
             yield from zip(batch, p, strict=True)
 
     def _batches(self, costs: Sequence[tuple[int, int, int]]) -> Iterator[list[int]]:
-        """Cuts prompts, given as (rows, prompt length, tokens a row adds), into batches of alike ones: equal row numbers,
-        neighbours in length, within `batch_tokens`. The longest first: what does not fit in memory fails at once.
+        """Cuts prompts, given as (rows, prompt length, tokens a row adds), into batches of alike ones: equal numbers of
+        rows, neighbours in length, within `batch_tokens`. The longest first: what does not fit in memory fails at once.
         """
         batch: list[int] = []
         most, added = 0, 0
@@ -159,7 +158,7 @@ class TransformersEngine:
             prefixes, width = grid.any(1).nonzero()[:, 0], int(grid.sum(1).max())
             if len(prefixes) * width <= _COMPACT_AT * len(alive):
                 # The rows still alive first, finished ones to fill up where a prefix has fewer than `width`.
-                order = (~grid[prefixes]).to(torch.uint8).argsort(1, stable=True)[:, :width]
+                order = (~grid[prefixes]).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
                 kept = prefixes[:, None] * grid.shape[1] + order
                 cache.keep(prefixes, kept)
                 kept = kept.flatten()
@@ -170,7 +169,7 @@ class TransformersEngine:
     def _completion(self, row: list[int]) -> Completion:
         tokens = [token for token in row if token >= 0]
         stopped = tokens[-1] in self._stops.tolist()
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         return Completion(text, len(tokens), "stop" if stopped else "length")
 
     def _encode(self, prefixes: Sequence[list[int]], rows: int, capacity: int) -> SharedPrefixCache:
@@ -180,11 +179,11 @@ class TransformersEngine:
         longest = max(map(len, prefixes))
         # Padded on the right, where causal attention needs no mask: no token sees what comes after it.
         tokens = self._ids([p + [self.tokenizer.pad_token_id] * (longest - len(p)) for p in prefixes])
-        cache = DynamicCache(config=self.model.config)
+        recorded = PrefixRecorder()
         positions = torch.arange(longest, device=self.device)[None]
-        self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=tokens, position_ids=positions, past_key_values=recorded, use_cache=True, logits_to_keep=1)
         lengths = torch.tensor([len(p) for p in prefixes], device=self.device)
-        return SharedPrefixCache(cache, lengths, rows, capacity)
+        return SharedPrefixCache(recorded, lengths, rows, capacity)
 
     def _forward(
         self, tokens: Tensor, positions: Tensor, cache: SharedPrefixCache, mask: Tensor | None = None
