@@ -34,7 +34,7 @@ test: setup ## Run the tests
 .PHONY: test-vllm
 test-vllm: ## Run the vLLM engine's tests in an environment of its own
 	bash tests/vllm_env.sh
-	.venv-vllm/bin/python -m pytest -m vllm tests/llm/test_vllm_engine.py
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/llm/test_vllm_engine.py
 
 .PHONY: test-images
 test-images: ## Build the data image on a base made here, and run stages in it
