@@ -24,7 +24,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from trackrec import storage
@@ -109,13 +109,14 @@ def arguments(settings: TrainingSettings, work: Path, seed: int) -> dict[str, An
         "max_grad_norm": settings.max_grad_norm,
         "bf16": compute_dtype(settings) == "bfloat16",
         "use_cpu": not on_gpu,
-        "gradient_checkpointing": settings.gradient_checkpointing,
+        "activation_checkpointing": settings.gradient_checkpointing,
         # PEFT on ZeRO-3 works with the reentrant kind alone.
-        "gradient_checkpointing_kwargs": {"use_reentrant": settings.deepspeed == "zero3" and settings.lora is not None},
+        "activation_checkpointing_kwargs": {"use_reentrant": settings.deepspeed == "zero3" and settings.lora is not None},
         "deepspeed": deepspeed_config(settings.deepspeed) if settings.deepspeed else None,
         "save_strategy": "steps",
         "save_steps": settings.checkpoint_steps,
         "save_total_limit": 2,  # the older one goes before the newer one is marked complete
+        "logging_nan_inf_filter": False,  # `_RefuseNonFinite` sees to them
         "logging_steps": 0.05,  # of all steps: about twenty points make the loss curve
         "seed": seed % _SEED_LIMIT,
         "remove_unused_columns": False,
@@ -286,9 +287,13 @@ def train(trainer: Trainer, tokens: int) -> dict[str, Any]:
 
     Args:
         tokens: the tokens of one epoch, padding not counted.
+    Raises:
+        FloatingPointError: the loss is infinite or no number.
     """
     model, checkpoint = cast(nn.Module, trainer.model), last_checkpoint(Path(str(trainer.args.output_dir)))
     resumed = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_RefuseNonFinite())
     trainer.add_callback(_MarkComplete())
     trainer.add_callback(_Progress())
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -308,10 +313,6 @@ def train(trainer: Trainer, tokens: int) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         facts["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
-    if not all(math.isfinite(loss) for loss in facts["loss"]):
-        raise FloatingPointError(
-            f"the loss is not finite: {facts['loss']}; lower `learning_rate`, or use `dtype: float32`"
-        )
     return facts
 
 
@@ -348,6 +349,14 @@ class _MarkComplete(TrainerCallback):
         args.distributed_state.wait_for_everyone()
         if args.should_save:
             storage.write_atomic(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE, b"")
+
+
+class _RefuseNonFinite(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"the loss is {logs['loss']} at step {state.global_step}; lower `learning_rate`, or use `dtype: float32`"
+            )
 
 
 class _Progress(TrainerCallback):

@@ -58,7 +58,7 @@ def train_examples(examples: Path, contexts: Path, recots: Path | None) -> list[
     """The train split joined with its contexts and, unless `recots` is None, each context's first RecCoT.
 
     Raises:
-        KeyError: a context that a train example uses has no RecCoT.
+        ValueError: a context that a train example uses has no RecCoT.
     """
     shown = {row["context_id"]: row for row in schema.rows(contexts, "contexts", ["context_id", "domain", "history"])}
     texts: dict[str, str] = {}
@@ -70,7 +70,7 @@ def train_examples(examples: Path, contexts: Path, recots: Path | None) -> list[
             continue
         context = row["context_id"]
         if recots is not None and context not in texts:
-            raise KeyError(f"{recots} has no RecCoT for context {context}; run `generate` on these contexts")
+            raise ValueError(f"{recots} has no RecCoT for context {context}; run `generate` on these contexts")
         joined.append(
             rec_tuning.Example(
                 row_id=row["row_id"],

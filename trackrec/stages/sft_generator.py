@@ -18,6 +18,8 @@ def run(
 
     Args:
         recots: the teacher's, one or more a context.
+    Raises:
+        ValueError: a RecCoT of a context that is not among `contexts`.
     """
     inputs = {"contexts": contexts, "recots": recots, "base_model": base_model}
     with storage.publish("sft_generator", settings, inputs=inputs, outputs={"generator": generator}, seed=seed) as job:
@@ -28,14 +30,21 @@ def run(
 def _train(
     settings: SftSettings, contexts: Path, recots: Path, base_model: Path, out: Path, work: Path, seed: int
 ) -> dict[str, Any]:
-    shown = {row["context_id"]: row for row in schema.rows(contexts, "contexts")}
-    demonstrations = [
-        distillation.Demonstration(
-            context_id=recot["context_id"],
-            prompt=cot_prompt(shown[recot["context_id"]]["domain"], shown[recot["context_id"]]["history"]),
-            recot=recot["text"],
-            finished=recot["finish_reason"] == "stop",
+    shown = {row["context_id"]: row for row in schema.rows(contexts, "contexts", ["context_id", "domain", "history"])}
+    demonstrations = []
+    for recot in schema.rows(recots, "recots"):
+        context = shown.get(recot["context_id"])
+        if context is None:
+            raise ValueError(
+                f"{recots} has a RecCoT for context {recot['context_id']}, which {contexts} has not; "
+                "run `distill_data` again on these contexts"
+            )
+        demonstrations.append(
+            distillation.Demonstration(
+                context_id=recot["context_id"],
+                prompt=cot_prompt(context["domain"], context["history"]),
+                recot=recot["text"],
+                finished=recot["finish_reason"] == "stop",
+            )
         )
-        for recot in schema.rows(recots, "recots")
-    ]
     return distillation.distil(settings, demonstrations, base_model, out, work, seeds.derive(seed, "sft_generator"))

@@ -1,0 +1,203 @@
+"""Ways of training that must give the same trajectory: cut into micro-batches, killed and resumed, on several processes.
+
+`tests/invariance/test_sdpo.py` holds the same for S-DPO.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from tests.stages.training_inputs import publish_tables
+from trackrec import storage
+from trackrec.align import training
+from trackrec.config import LoraSettings, RecTuneSettings, SftSettings
+from trackrec.stages import rec_tune, sft_generator
+
+LORA = LoraSettings(r=4, dropout=0.1)
+BASE = {"learning_rate": 5e-3, "batch_size": 4, "epochs": 2, "checkpoint_steps": 2, "max_length": 400}
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Ten contexts and examples: a step over four, one over four, one over two, in each of two epochs."""
+    return publish_tables(tmp_path_factory.mktemp("tables"), contexts=10)
+
+
+@pytest.fixture(autouse=True)
+def _work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKREC_WORK", str(tmp_path / "work"))
+
+
+def _sft(tables: Mapping[str, Path], base_model: Path, out: Path, **settings: Any) -> None:
+    sft_generator.run(
+        SftSettings(**BASE | settings),
+        contexts=tables["contexts"],
+        recots=tables["recots"],
+        base_model=base_model,
+        generator=out,
+        seed=5,
+    )
+
+
+def _rec_tune(tables: Mapping[str, Path], base_model: Path, out: Path, **settings: Any) -> None:
+    rec_tune.run(
+        RecTuneSettings(**BASE | settings), **tables, base_model=base_model, validator=base_model, tuned=out, seed=5
+    )
+
+
+def _weights(model: Path) -> dict[str, Tensor]:
+    [file] = model.glob("*.safetensors")
+    return load_file(file)
+
+
+def _losses(model: Path) -> list[float]:
+    return storage.read_manifest(model).facts["loss"]
+
+
+def _apart(first: Path, second: Path) -> float:
+    """The largest difference between two models' weights."""
+    one, other = _weights(first), _weights(second)
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+both_stages = pytest.mark.parametrize("stage", [_sft, _rec_tune], ids=["sft", "rec_tune"])
+
+
+@both_stages
+def test_micro_batches_do_not_change_the_trajectory(
+    stage: Callable[..., None], tables: Mapping[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    for micro in (1, 2, 4):
+        stage(tables, tiny_model, tmp_path / f"m{micro}", lora=LoraSettings(r=4), micro_batch_size=micro)
+    assert len(_losses(tmp_path / "m1")) == 6
+    for other in ("m2", "m4"):
+        assert _losses(tmp_path / other) == pytest.approx(_losses(tmp_path / "m1"), rel=1e-4)
+        assert _apart(tmp_path / "m1", tmp_path / other) < 1e-4
+    start = training.load_trainable(SftSettings(lora=LoraSettings(r=4)), tiny_model, tiny_model, seed=0)
+    moved = [w for name, w in _weights(tmp_path / "m1").items() if "lora_B" in name]
+    assert len(moved) == len([name for name, _ in start.named_parameters() if "lora_B" in name])
+    # Against 1e-4 above: Adam has moved the adapter a hundred times as far.
+    assert max(w.abs().max().item() for w in moved) > 1e-2
+
+
+class _StopAt(TrainerCallback):
+    """Fails as a preempted pod would: in the middle of an epoch, a step after a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@both_stages
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_an_interrupted_training_resumes_to_the_same_weights(
+    stage: Callable[..., None],
+    lora: LoraSettings | None,
+    tables: Mapping[str, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage(tables, tiny_model, tmp_path / "whole", lora=lora)
+
+    train = training.train
+    with monkeypatch.context() as patch:
+
+        def interrupted(trainer: Any, tokens: int) -> dict[str, Any]:
+            trainer.add_callback(_StopAt(5))
+            return train(trainer, tokens)
+
+        patch.setattr(training, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stage(tables, tiny_model, tmp_path / "resumed", lora=lora)
+    assert not (tmp_path / "resumed").exists()
+    [checkpoints] = (tmp_path / "work").glob("*/checkpoints")
+    assert training.last_checkpoint(checkpoints) == checkpoints / "checkpoint-4"
+    # What a kill in the middle of writing leaves behind.
+    (checkpoints / "checkpoint-5").mkdir()
+    (checkpoints / "checkpoint-5" / "trainer_state.json").write_text("{")
+
+    stage(tables, tiny_model, tmp_path / "resumed", lora=lora)
+    facts = storage.read_manifest(tmp_path / "resumed").facts
+    assert (facts["resumed_from_step"], facts["steps"]) == (4, 6)
+    assert facts["loss"] == _losses(tmp_path / "whole")
+    assert _apart(tmp_path / "whole", tmp_path / "resumed") == 0
+
+
+def test_a_training_killed_outright_resumes_to_the_same_weights(
+    tables: Mapping[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = {"lora": LORA, "checkpoint_steps": 1}
+    _rec_tune(tables, tiny_model, tmp_path / "whole", **settings)
+    script = "\n".join(
+        [
+            "import os, signal, sys",
+            "from pathlib import Path",
+            "from tests.invariance import test_training as t",
+            "from trackrec import storage",
+            "write = storage.write_atomic",
+            "def kill_at_the_third_checkpoint(path, data):",
+            "    if 'checkpoint-3' in str(path): os.kill(os.getpid(), signal.SIGKILL)",
+            "    write(path, data)",
+            "storage.write_atomic = kill_at_the_third_checkpoint",
+            "contexts, examples, recots, model, out = map(Path, sys.argv[1:])",
+            "tables = {'contexts': contexts, 'examples': examples, 'recots': recots}",
+            "t._rec_tune(tables, model, out, lora=t.LORA, checkpoint_steps=1)",
+        ]
+    )
+    paths = [tables["contexts"], tables["examples"], tables["recots"], tiny_model, tmp_path / "resumed"]
+    killed = subprocess.run(
+        [sys.executable, "-c", script, *map(str, paths)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "resumed").exists()
+    _rec_tune(tables, tiny_model, tmp_path / "resumed", **settings)
+    # The third checkpoint was whole but for its mark.
+    assert storage.read_manifest(tmp_path / "resumed").facts["resumed_from_step"] == 2
+    assert _apart(tmp_path / "whole", tmp_path / "resumed") < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "lora"),
+    [(None, None), ("zero2", LoraSettings(r=4)), ("zero3", LoraSettings(r=4))],
+    ids=["ddp-full", "zero2-lora", "zero3-lora"],
+)
+def test_two_processes_train_as_one(
+    deepspeed: str | None,
+    lora: LoraSettings | None,
+    tables: Mapping[str, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Eight of the ten: two processes would fill a last step over two up to four.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = {"lora": lora, "epochs": 1}
+    two = publish_tables(tmp_path / "tables", contexts=8)
+    _rec_tune(two, tiny_model, tmp_path / "one", **settings)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # the stage starts as many processes
+    _rec_tune(two, tiny_model, tmp_path / "two", **settings, deepspeed=deepspeed)
+    facts = storage.read_manifest(tmp_path / "two").facts
+    assert facts["processes"] == 2
+    assert facts["trained_parameters"] == storage.read_manifest(tmp_path / "one").facts["trained_parameters"]
+    assert facts["loss"] == pytest.approx(_losses(tmp_path / "one"), rel=1e-4)
+    assert _apart(tmp_path / "one", tmp_path / "two") < 1e-4
