@@ -35,8 +35,9 @@ def encode_rec(
 ) -> Group:
     """One (context, item) with each of `recots`: all that comes before a RecCoT, then from there up to the answer.
 
-    prefix + suffix is the same ids however RecCoTs are grouped; `None` asks without one, and not beside others.
+    prefix + suffix is the same ids however RecCoTs are grouped; `None` asks without one.
     """
+    # Without a RecCoT the text goes on otherwise right after the target.
     cut = 1 if None in recots else 2
     return _group(tokenizer, [rec_pieces(domain, history, title, recot) for recot in recots], cut)
 
@@ -55,12 +56,9 @@ def encode_targets(
 
 
 def _group(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[str]], cut: int) -> Group:
-    """The prompts' first `cut` pieces, which all share, and what follows them in each."""
+    """The prompts' first `cut` pieces, which all of them share, and what follows in each."""
     opening, closing = _wrapping(tokenizer)
-    shared = prompts[0][:cut]
-    if any(pieces[:cut] != shared for pieces in prompts):
-        raise ValueError("prompts of one group must begin alike: ask with a RecCoT for all of them, or for none")
-    prefix = opening + [token for piece in shared for token in encode_text(tokenizer, piece)]
+    prefix = opening + [token for piece in prompts[0][:cut] for token in encode_text(tokenizer, piece)]
     suffixes = [
         [token for piece in pieces[cut:] for token in encode_text(tokenizer, piece)] + closing for pieces in prompts
     ]

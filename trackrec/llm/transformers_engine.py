@@ -169,7 +169,7 @@ class TransformersEngine:
     def _completion(self, row: list[int]) -> Completion:
         tokens = [token for token in row if token >= 0]
         stopped = tokens[-1] in self._stops.tolist()
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        text = str(self.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True))
         return Completion(text, len(tokens), "stop" if stopped else "length")
 
     def _encode(self, prefixes: Sequence[list[int]], rows: int, capacity: int) -> SharedPrefixCache:

@@ -14,7 +14,7 @@ MAX_TITLE_CHARACTERS = 200
 _JOINERS = "\u200c\u200d"
 _LINE_BREAKS = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
 # "<" and its look-alikes where something that could be a tag's name follows.
-_TAG_OPENING = re.compile(rf"[<＜﹤](?=[{_JOINERS}]*[\w/|｜!?])")
+_TAG_OPENING = re.compile(rf"[<＜﹤](?=[{_JOINERS}]*(?:[^\W\d]|[/|｜!?]))")
 
 
 def neutralise_title(title: str) -> str:
