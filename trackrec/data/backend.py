@@ -46,6 +46,8 @@ def connect(engine: Engine, memory_limit: str, scratch: Path) -> Iterator[BaseBa
         yield _spark(limit, scratch)
         return
     connection = ibis.duckdb.connect(memory_limit=f"{limit}B", temp_directory=str(scratch / "spill"))
+    # As Spark's session has it: a moment that names no zone is UTC.
+    connection.raw_sql("SET TimeZone = 'UTC'")
     try:
         yield connection
     finally:

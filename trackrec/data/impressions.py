@@ -6,6 +6,7 @@
 or `raw` is the log's file itself. Parquet is read by the engine where it lies, so a log may outgrow one machine.
 """
 
+import csv
 from pathlib import Path
 
 import duckdb
@@ -72,14 +73,18 @@ def _read(connection: BaseBackend, path: Path, scratch: Path) -> Table:
 
 
 def _stage_csv(path: Path, out: Path) -> Path:
-    """Copies a CSV file into Parquet, values as text, with the record's `line` beside them."""
-    query = (
-        "SELECT row_number() OVER () + 1 AS line, * FROM read_csv(?, header = true, delim = ',', all_varchar = true, "
-        "quote = '\"', escape = '\"', comment = '', strict_mode = true)"
-    )
+    """Copies a CSV file into Parquet, values as text, with each record's `line` beside them."""
+    header = next(csv.reader([next(raw_files.lines(path, "utf-8"), (1, ""))[1]]), [])
+    if len(set(header)) != len(header):
+        raise RawDataError(f"{path}:1: a column's name twice: {', '.join(header)}")
+    # Found out, the columns would be those of a broken line as well; stated, every line is held to them.
+    columns = dict.fromkeys(header, "VARCHAR")
+    query = """SELECT row_number() OVER () + 1 AS line, * FROM read_csv(
+        ?, columns = ?, header = false, skip = 1, auto_detect = false, delim = ',', quote = '"', escape = '"',
+        comment = '', nullstr = '', strict_mode = true)"""
     try:
         with duckdb.connect() as database:
-            database.execute(f"COPY ({query}) TO '{out}' (FORMAT parquet)", [str(path)])
+            database.execute(f"COPY ({query}) TO '{out}' (FORMAT parquet)", [str(path), columns])
     except duckdb.Error as error:
         raise RawDataError(raw_files.csv_fault(path, str(error))) from error
     return out
@@ -119,7 +124,7 @@ def _seconds_of(column: Column, log: ImpressionLog) -> Value:
     if column.type().is_timestamp():
         return column.epoch_seconds().cast("int64")
     if log.timestamp_unit == "iso8601":
-        return column.cast("string").try_cast("timestamp").epoch_seconds().cast("int64")
+        return column.cast("string").try_cast("timestamp('UTC')").epoch_seconds().cast("int64")
     number = column.try_cast("float64")
     return (
         _is_number(number)
@@ -148,8 +153,6 @@ def _refuse_faults(rows: Table, path: Path) -> None:
 def _items(table: Table, log: ImpressionLog) -> Table:
     title = table[log.item_title].cast("string") if log.item_title in table.columns else ibis.null("string")
     named = [name for name in log.item_attributes if name in table.columns]
-    attributes = (
-        ibis.array([table[name].cast("string") for name in named]) if named else ibis.literal([], "array<string>")
-    )
+    attributes = ibis.array([table[name].cast("string") for name in named]) if named else ibis.null("array<string>")
     rows = table.select("line", item_id=table[log.item_id].cast("string"), title=title, attributes=attributes)
     return rows.mutate(attributes=rows.attributes.filter(lambda text: text.notnull()))

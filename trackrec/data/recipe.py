@@ -1,8 +1,8 @@
 """The recipes that turn ratings into interactions: labels, windows, splits, ties and histories.
 
 Written once in Ibis, so that DuckDB and Spark run the same expressions and give the same rows. `ratings` and `items`
-come in as `trackrec.data.raw` describes. Inside, `part` is the split as a number (0 train, 1 valid, 2 test), which sorts
-by time.
+come in as `trackrec.data.raw` describes. Inside, `part` is the split as a number (0 train, 1 valid, 2 test): sorted by
+time.
 """
 
 from collections.abc import Sequence
