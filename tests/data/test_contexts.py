@@ -18,7 +18,7 @@ DAY = 86_400
 # user, item, moment: each user of a log is a case of its own. A few moments around midnights, so that ties and the
 # borders of periods are common.
 MOMENTS = st.sampled_from([0, 1, DAY - 1, DAY, DAY + 1, 2 * DAY - 1, 2 * DAY, 3 * DAY, 7 * DAY])
-LOGS = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 4), MOMENTS), min_size=1, max_size=80)
+LOGS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), MOMENTS), min_size=20, max_size=80)
 
 
 @pytest.mark.parametrize(("kind", "days"), [("rolling", 1), ("snapshot", 1), ("snapshot", 2)])
