@@ -4,16 +4,18 @@ The field names of `RunConfig` are the stages' names. `trackrec.config_file` rea
 or an impossible combination is refused with the key's path and what is allowed.
 """
 
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Split = Literal["train", "valid", "test"]
+# An ISO 8601 moment, UTC where it names no zone; YAML reads one without quotes as a date.
+Moment = Annotated[str, BeforeValidator(lambda given: given.isoformat() if isinstance(given, date) else given)]
 Domain = Literal["movies", "books", "generic"]
 # A Kubernetes quantity, e.g. "500m", "8", "32Gi".
 Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[KMGT]i?)?$")]
@@ -45,8 +47,8 @@ class ImpressionLog(Settings):
     item_title: str = "title"
     item_attributes: list[str] = []
     # The split by time: rows before `valid_from` train, rows from `test_from` on test (ISO 8601, UTC).
-    valid_from: str
-    test_from: str
+    valid_from: Moment
+    test_from: Moment
 
     @model_validator(mode="after")
     def _has_a_label(self) -> Self:
@@ -99,6 +101,15 @@ class ContextsSettings(Settings):
     max_examples_per_context: Positive | None = None
     # Prior strength (rows) of the item-mean baseline.
     item_mean_prior: Rate = 5.0
+
+    @model_validator(mode="after")
+    def _history_can_be_long_enough(self) -> Self:
+        if self.min_history > self.history_length:
+            raise ValueError(
+                f"`min_history` ({self.min_history}) is more than `history_length` ({self.history_length}): "
+                "every example would be dropped"
+            )
+        return self
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------
