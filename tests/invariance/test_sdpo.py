@@ -15,7 +15,7 @@ from trackrec.align.sdpo import SoftmaxDPOLoss
 from trackrec.align.sdpo_trainer import PreferenceSet, Row, SdpoTrainer, align, encode
 from trackrec.config import LoraSettings, SdpoSettings
 from trackrec.llm.logprobs import suffix_logprobs
-from trackrec.llm.packing import pack
+from trackrec.llm.packing import enable, pack
 
 LIKES = ["quiet dramas", "loud comedies", "old westerns", "films about the sea", "courtroom thrillers"]
 LORA = LoraSettings(r=4, alpha=8)
@@ -85,12 +85,11 @@ def test_micro_batch_1_times_4_is_4_times_1(lora: LoraSettings | None, tiny_mode
     same_trajectory(four_facts, four, one_facts, one)
 
 
-@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
-@pytest.mark.parametrize("killed_in", [1, 8], ids=["before-a-checkpoint", "after-a-checkpoint"])
+@pytest.mark.parametrize(("lora", "killed_in"), [(LORA, 1), (LORA, 8), (None, 8)], ids=["early-lora", "lora", "full"])
 def test_resumed_is_uninterrupted(
     lora: LoraSettings | None, killed_in: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in a micro-batch, tried again in the same work directory: every weight is the same bit for bit."""
+    """Killed in a micro-batch before and after the first checkpoint, and tried again in the same work directory."""
     expected, facts = trained(settings(lora=lora), tiny_model, tmp_path / "whole")
 
     calls, training_step = itertools.count(), SdpoTrainer.training_step
@@ -177,6 +176,7 @@ def test_prefix_shared_is_plain(tiny_model: Path, tokenizer: PreTrainedTokenizer
         plain[number, : len(row.recots)] = plain_logprobs(model, row, tokenizer.pad_token_id)
     plain_gradients = torch.autograd.grad(loss(plain, reference, present).mean(), parameters)
 
+    enable(model)
     shared = suffix_logprobs(model, pack([(row.prompt, row.recots) for row in rows], tokenizer.pad_token_id))
     torch.testing.assert_close(shared, plain, atol=1e-4, rtol=0)
     gradients = torch.autograd.grad(loss(shared, reference, present).mean(), parameters)

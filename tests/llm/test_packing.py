@@ -1,13 +1,15 @@
 """Packed rows against one row per continuation, on the architectures in use."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from trackrec.llm.logprobs import suffix_logprobs
-from trackrec.llm.packing import pack
+from trackrec.llm.packing import UnsupportedModelError, enable, pack
 
 SIZES = {
     "vocab_size": 97,
@@ -29,12 +31,12 @@ GROUPS = [
 ]
 
 
-def build(config: PretrainedConfig) -> nn.Module:
+def build(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="sdpa").eval()
 
 
-def plain_logprobs(model: nn.Module, prefix: list[int], suffix: list[int]) -> Tensor:
+def plain_logprobs(model: PreTrainedModel, prefix: list[int], suffix: list[int]) -> Tensor:
     """The whole text in a row of its own, full logits, no mask and no position ids given."""
     ids = torch.tensor([prefix + suffix])
     log_probs = model(input_ids=ids).logits[0].float().log_softmax(-1)
@@ -46,33 +48,25 @@ def test_layout_is_the_docstrings() -> None:
     assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 3, 4, 0, 0]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 2, 3], [0, 1, 2, 0, 0]]
     assert packed.segment_ids.tolist() == [[0, 0, 1, 2, 2], [0, 1, 1, -1, -1]]
-    assert packed.spans == [[(2, 1), (3, 2)], [(1, 2)]]
-
-
-def test_a_suffix_token_sees_the_prefix_and_itself() -> None:
-    mask = pack([([5, 6], [[7], [8, 9]]), ([5], [[3, 4]])], pad_id=0).attention_mask
-    assert mask.dtype == torch.bool and mask.shape == (2, 1, 5, 5)
-    assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 0, 1, 0],
-        [1, 1, 0, 1, 1],
-    ]
-    assert mask.any(-1).all(), "a row that sees nothing turns a softmax into NaN"
+    first, second = packed.layouts
+    assert (first.prefix, first.places.tolist(), first.real.tolist()) == (2, [[2, 3], [3, 4]], [0, 2, 3])
+    assert (second.prefix, second.places.tolist(), second.real.tolist()) == (1, [[1, 2]], [0, 1])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_hidden_states_are_those_of_separate_rows(name: str) -> None:
-    model = build(CONFIGS[name])
+    plain, model = build(CONFIGS[name]), build(CONFIGS[name])
+    enable(model)
     packed = pack(GROUPS, pad_id=0)
     with torch.no_grad():
         logits = model(**packed.model_inputs).logits
-        assert logits.isfinite().all()
+        assert logits.isfinite().all(), "padding must not give NaN"
         for row, (prefix, suffixes) in enumerate(GROUPS):
-            for (start, length), suffix in zip(packed.spans[row], suffixes, strict=True):
-                alone = model(input_ids=torch.tensor([prefix + suffix])).logits[0, len(prefix) :]
-                torch.testing.assert_close(logits[row, start : start + length], alone, atol=1e-5, rtol=1e-5)
+            start = len(prefix)
+            for suffix in suffixes:
+                alone = plain(input_ids=torch.tensor([prefix + suffix])).logits[0, len(prefix) :]
+                torch.testing.assert_close(logits[row, start : start + len(suffix)], alone, atol=1e-5, rtol=1e-5)
+                start += len(suffix)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -92,6 +86,7 @@ def test_logprobs_and_gradients_are_those_of_separate_rows(name: str, targets: s
         expected[row, : len(values)] = torch.stack(values)
     plain_gradients = torch.autograd.grad((expected * weights).sum(), trained)
 
+    enable(model)
     for chunk in (3, 1000):  # chunks that cut through suffixes, and one chunk
         found = suffix_logprobs(model, pack(GROUPS, pad_id=0), chunk=chunk)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
@@ -105,6 +100,7 @@ def test_logprobs_and_gradients_are_those_of_separate_rows(name: str, targets: s
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_logprobs_on_a_gpu_in_bfloat16() -> None:
     model = build(CONFIGS["qwen2"])
+    enable(model)
     with torch.no_grad():
         expected = suffix_logprobs(model, pack(GROUPS, pad_id=0))
         found = suffix_logprobs(model.to("cuda", torch.bfloat16), pack(GROUPS, pad_id=0, device="cuda"))
@@ -136,8 +132,28 @@ def test_memory_holds_one_chunk_of_logits_and_no_more() -> None:
     config = LlamaConfig(**{**SIZES, "vocab_size": vocabulary})
     model = build(config).requires_grad_(False)
     model.model.layers.requires_grad_(True)
+    enable(model)
     packed = pack([(list(range(10)), [list(range(20)) for _ in range(5)])], pad_id=0)
     with Watch():
         suffix_logprobs(model, packed, chunk=chunk).sum().backward()
     # 100 positions predict; the head's own weight, [V, 32], is as large as a chunk.
     assert largest <= chunk * vocabulary
+
+
+def test_a_model_with_a_sliding_window_is_refused() -> None:
+    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    with pytest.raises(UnsupportedModelError, match="sliding_attention"):
+        enable(build(config))
+
+
+def test_a_model_that_is_not_enabled_is_refused() -> None:
+    with pytest.raises(ValueError, match="enable"):
+        suffix_logprobs(build(CONFIGS["llama"]), pack(GROUPS, pad_id=0))
+
+
+def test_an_enabled_model_takes_nothing_but_packed_rows() -> None:
+    """Without a mask function it would ignore an attention mask: better an error than a silent one."""
+    model = build(CONFIGS["llama"])
+    enable(model)
+    with pytest.raises(TypeError, match="layouts"):
+        model(input_ids=torch.tensor([[1, 2]]))

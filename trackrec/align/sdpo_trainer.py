@@ -25,7 +25,7 @@ from trackrec.config import SdpoSettings
 from trackrec.llm.chat import encode_chat, encode_text
 from trackrec.llm.logprobs import suffix_logprobs
 from trackrec.llm.models import load_tokenizer
-from trackrec.llm.packing import Packed, pack
+from trackrec.llm.packing import Packed, enable, pack
 from trackrec.progress import track
 
 # Preference sets whose reference log-probabilities are saved at a time: what a kill can cost.
@@ -93,6 +93,7 @@ class SdpoTrainer(training.MeanLossTrainer):
         pad_id: int,
         work: Path,
     ) -> None:
+        enable(model)
         super().__init__(
             model=model,
             args=args,
@@ -121,7 +122,12 @@ class SdpoTrainer(training.MeanLossTrainer):
              "labels":       [3, 1]}
         """
         packed = pack([(self.rows[n].prompt, self.rows[n].recots) for n in numbers], self.pad_id)
-        return {**vars(packed), "labels": torch.tensor(numbers)}
+        return {
+            "input_ids": packed.input_ids,
+            "position_ids": packed.position_ids,
+            "segment_ids": packed.segment_ids,
+            "labels": torch.tensor(numbers),
+        }
 
     def example_losses(self, model: PreTrainedModel | PeftModel, batch: dict[str, Tensor]) -> Tensor:
         policy = self.recot_logprobs(model, batch)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from trackrec.llm.packing import PREFIX, Packed
+from trackrec.llm.packing import ATTENTION, PREFIX, Packed
 
 # Positions whose logits are held at a time: at a vocabulary of 152,000, 512 of them are 0.3 GB in float32.
 CHUNK = 512
@@ -20,7 +20,10 @@ def suffix_logprobs(model: PreTrainedModel | PeftModel, packed: Packed, chunk: i
     pass computes each chunk's logits again, so that [chunk, V] is the most there ever is.
 
     Args:
-        model: a causal language model with sdpa attention; its head may be tied, trained or carry an adapter.
+        model: a causal language model that has been through `packing.enable`; its head may be tied, trained or carry
+            an adapter.
+    Raises:
+        ValueError: it has not.
     """
     rows, columns = (packed.segment_ids > PREFIX).nonzero(as_tuple=True)
     segments = packed.segment_ids[rows, columns]
@@ -29,6 +32,8 @@ def suffix_logprobs(model: PreTrainedModel | PeftModel, packed: Packed, chunk: i
     prefix_end = (packed.segment_ids == PREFIX).sum(1) - 1
     predictors = torch.where(is_first, prefix_end[rows], columns - 1)
 
+    if model.config._attn_implementation != ATTENTION:
+        raise ValueError("this model would let a suffix see its neighbours; call `packing.enable` on it first")
     hidden = _decoder(model)(**packed.model_inputs, use_cache=False).last_hidden_state[rows, predictors]
     targets = packed.input_ids[rows, columns]
     head = model.get_output_embeddings()

@@ -1,20 +1,42 @@
 """Prefix sharing: one row holds a prompt once and all its continuations.
 
-A row is [prefix, s_1, …, s_N]. Position ids start again after the prefix in each suffix and a 4-D mask lets a
-suffix see the prefix and itself alone, so every token has the hidden state it would have in a row of its own, at the
-price of one prefix instead of N.
+A row is [prefix, s_1, …, s_N]. Position ids start again after the prefix in each suffix, and a suffix's tokens attend
+to the prefix and to their own suffix alone (`attend`), so every token has the hidden state it would have in a row of
+its own, at the price of one prefix instead of N.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, PreTrainedModel
 
+ATTENTION = "trackrec_packed"
 # Segment of a prefix token; suffix j (from 0) has j + 1.
 PREFIX = 0
 PADDING = -1
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose attention is not plain causal attention in every layer."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a row's tokens are: the prefix in the first `prefix` places, then N suffixes, the longest of L tokens."""
+
+    prefix: int
+    # [N, L]: the places of each suffix's tokens; past its end, some other token's place.
+    places: Tensor
+    # [number of suffix tokens]: of the N · L, those before their suffix's end, in the row's order.
+    real: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,40 +53,25 @@ class Packed:
     position_ids: Tensor  # [B, S]
     segment_ids: Tensor  # [B, S]: 0 in the prefix, j + 1 in suffix j, -1 in the padding
 
-    @property
-    def attention_mask(self) -> Tensor:
-        """Bool [B, 1, S, S]: whether position q (third axis) sees k (fourth).
-
-        It sees nothing later; of what is earlier, the prefix and its own suffix. Padding sees the prefix too: a softmax
-        over nothing would be NaN.
-        """
-        length = self.segment_ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=self.segment_ids.device).tril()
-        query, key = self.segment_ids[:, None, :, None], self.segment_ids[:, None, None, :]
-        return causal & ((key == PREFIX) | (key == query))
-
-    @property
-    def spans(self) -> list[list[tuple[int, int]]]:
-        """Where each suffix lies in its row: (start, length), by row and suffix."""
-        rows = []
-        for segments in self.segment_ids.tolist():
-            starts: dict[int, int] = {}
-            for position, segment in enumerate(segments):
-                starts.setdefault(segment, position)
-            rows.append([(starts[s], segments.count(s)) for s in sorted(starts) if s > PREFIX])
-        return rows
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        """One a row."""
+        layouts = []
+        for row in self.segment_ids.cpu():
+            lengths = torch.bincount(row[row >= PREFIX])
+            prefix, lengths = int(lengths[0]), lengths[1:]
+            starts = prefix + lengths.cumsum(0) - lengths
+            steps = torch.arange(int(lengths.max()))
+            places = (starts[:, None] + steps).clamp(max=prefix + int(lengths.sum()) - 1)
+            real = (steps < lengths[:, None]).flatten().nonzero()[:, 0]
+            device = self.segment_ids.device
+            layouts.append(Layout(prefix, places.to(device), real.to(device)))
+        return layouts
 
     @property
-    def model_inputs(self) -> dict[str, Tensor]:
-        """What a Hugging Face decoder takes. Its attention must be sdpa: eager attention would add the boolean mask."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-        }
-
-    def to(self, device: torch.device | str) -> "Packed":
-        return Packed(self.input_ids.to(device), self.position_ids.to(device), self.segment_ids.to(device))
+    def model_inputs(self) -> dict[str, Any]:
+        """What a decoder that has been through `enable` takes."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "layouts": self.layouts}
 
 
 def pack(
@@ -86,11 +93,82 @@ def pack(
             tokens += suffix
             places += range(len(prefix), len(prefix) + len(suffix))
             owners += [number] * len(suffix)
-        ids.append(torch.tensor(tokens))
-        positions.append(torch.tensor(places))
-        segments.append(torch.tensor(owners))
+        ids.append(torch.tensor(tokens, device=device))
+        positions.append(torch.tensor(places, device=device))
+        segments.append(torch.tensor(owners, device=device))
     return Packed(
         input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
         position_ids=pad_sequence(positions, batch_first=True),
         segment_ids=pad_sequence(segments, batch_first=True, padding_value=PADDING),
-    ).to(device)
+    )
+
+
+def enable(model: PreTrainedModel | PeftModel) -> None:
+    """Makes `model` attend through `attend`; from then on it takes packed rows and nothing else.
+
+    Raises:
+        UnsupportedModelError: some layers use a sliding window, linear attention or soft-capped logits.
+    """
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(config, "attn_logit_softcapping", None):
+        raise UnsupportedModelError(
+            f"{config.model_type} has attention other than plain causal ({', '.join(sorted(kinds))}); "
+            "packed rows need a model with full attention in every layer, such as Qwen2.5 or Llama"
+        )
+    # transformers builds no mask for an attention that has no mask function of the same name.
+    AttentionInterface.register(ATTENTION, attend)
+    model.set_attn_implementation(ATTENTION)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    layouts: list[Layout],
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: from query [B, heads, S, size], key and value [B, kv heads, S, size] to
+    [B, S, heads, size].
+
+    A mask over the whole row would score each suffix with all others and throw that away. Here the prefix attends to
+    itself, and the suffixes, as a batch of N, each to [prefix, itself]. Padding gets 0.
+    """
+    by_place = [states.transpose(1, 2) for states in (query, key, value)]
+    rows = [_attend_row(q, k, v, layout, dropout, scaling) for q, k, v, layout in zip(*by_place, layouts, strict=True)]
+    return pad_sequence(rows, batch_first=True), None
+
+
+def _attend_row(query: Tensor, key: Tensor, value: Tensor, layout: Layout, dropout: float, scaling: float) -> Tensor:
+    """One row without its padding: [S, heads, size] from query [S, heads, size], key and value [S, kv heads, size]."""
+    shared, (suffixes, longest) = layout.prefix, layout.places.shape
+
+    def by_suffix(states: Tensor) -> Tensor:
+        return states.index_select(0, layout.places.flatten()).unflatten(0, (suffixes, longest))
+
+    def with_prefix(states: Tensor) -> Tensor:
+        return torch.cat([states[:shared].expand(suffixes, -1, -1, -1), by_suffix(states)], dim=1)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Causal attention of [batch, places, heads, size]."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        causal = mask is None
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+
+    in_prefix = sdpa(query[None, :shared], key[None, :shared], value[None, :shared], mask=None)[0]
+    mask = _causal_after_prefix(longest, shared, query.device)
+    in_suffixes = sdpa(by_suffix(query), with_prefix(key), with_prefix(value), mask)
+    return torch.cat([in_prefix, in_suffixes.flatten(0, 1).index_select(0, layout.real)])
+
+
+def _causal_after_prefix(longest: int, shared: int, device: torch.device) -> Tensor:
+    """[L, P + L]: suffix token t sees the prefix and the suffix's tokens up to t."""
+    if device.type == "cuda":
+        return causal_lower_right(longest, shared + longest)  # flash attention's own, so no mask is read
+    return torch.ones(longest, shared + longest, dtype=torch.bool, device=device).tril(shared)
