@@ -113,6 +113,13 @@ def test_bootstrap_resamples_are_sklearns_auc_under_weights() -> None:
     assert metrics._weighted_aucs(y, p, weights) == pytest.approx(expected, abs=1e-12)
 
 
+def test_user_aucs_are_sklearns_within_each_user() -> None:
+    rng = np.random.default_rng(4)
+    y, p, users = rng.integers(0, 2, 300), rng.integers(0, 9, 300) / 9, rng.integers(0, 12, 300).astype(str)
+    expected = {user: roc_auc_score(y[users == user], p[users == user]) for user in np.unique(users)}
+    assert metrics.user_aucs(y, p, users) == pytest.approx(expected, abs=1e-12)
+
+
 def test_interval_is_repeatable_and_as_wide_as_theory_says() -> None:
     # One row a user, so users are independent draws; Hanley and McNeil's standard error for normal scores.
     rng = np.random.default_rng(0)

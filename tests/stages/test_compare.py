@@ -107,6 +107,14 @@ def test_an_evaluation_of_other_examples_is_refused(tmp_path: Path, two_rows: Pa
     assert not (tmp_path / "odd").exists()
 
 
+def test_as_many_but_other_examples_are_told_by_their_baseline(tmp_path: Path, two_rows: Path) -> None:
+    found = evaluation(0.5)
+    assert found.item_mean is not None
+    found.item_mean["overall"].log_loss = 0.5
+    with pytest.raises(ValueError, match="other examples"):
+        row(tmp_path, "odd", found, previous=two_rows)
+
+
 def test_a_label_comes_once(tmp_path: Path, two_rows: Path) -> None:
     with pytest.raises(ValueError, match="has a row 'iteration 1' already"):
         compare.run(

@@ -91,13 +91,14 @@ def measure(
 
 def user_aucs(labels: npt.ArrayLike, scores: npt.ArrayLike, users: npt.ArrayLike) -> dict[str, float]:
     """AUC within each user who has both classes."""
-    y, p, u = np.asarray(labels), np.asarray(scores), np.asarray(users)
-    order = np.argsort(u, kind="stable")
+    y, p, u = np.asarray(labels), np.asarray(scores, dtype=np.float64), np.asarray(users)
+    order = np.lexsort((p, u))
     names, starts = np.unique(u[order], return_index=True)
     found = {}
     for name, rows in zip(names, np.split(order, starts[1:]), strict=True):
         if 0 < y[rows].sum() < len(rows):
-            found[str(name)] = float(roc_auc_score(y[rows], p[rows]))
+            # Not scikit-learn's: its checks take a millisecond a call, and there are thousands of users.
+            found[str(name)] = float(_weighted_aucs(y[rows], p[rows], np.ones((1, len(rows))))[0])
     return found
 
 
