@@ -1,41 +1,36 @@
-"""Choosing the next token: the nucleus at a given random number, or the likeliest under a repetition penalty."""
+"""Choosing the next token: drawn from the nucleus, or the likeliest under a repetition penalty."""
 
 import torch
 from torch import Tensor
 
 # The nucleus lies within the likeliest tokens nearly always; only where it does not is the whole vocabulary sorted.
 _TOP = 512
+# SplitMix64 (Steele, Lea, Flood 2014): its increment and its two multipliers, as signed 64-bit integers.
+_INCREMENT = 0x9E3779B97F4A7C15 - 2**64
+_MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
-def nucleus(logits: Tensor, top_p: float, uniforms: Tensor) -> Tensor:
+def nucleus(logits: Tensor, top_p: float, seeds: Tensor, step: int) -> Tensor:
     """Draws from the smallest set of likeliest tokens whose probability reaches `top_p` (Holtzman et al. 2020).
 
-    A row's token depends on that row's logits and number alone: the inverse of the cumulative distribution.
+    The token with the largest log-probability plus Gumbel noise is drawn. A token's noise follows from the row's seed,
+    the step and the token alone, so neither the other rows nor the device matter, and rounding in the logits changes a
+    draw only where two tokens tie within it.
 
     Args:
         logits: float32 [R, V], temperature already applied.
-        uniforms: [R] in [0, 1).
+        seeds: int64 [R].
 
     Returns:
         token ids [R].
     """
     probabilities = logits.softmax(-1)
     top, ids = probabilities.topk(min(_TOP, logits.shape[-1]))
-    tokens = _draw(top, ids, top_p, uniforms)
+    tokens = _draw(top, ids, top_p, seeds, step)
     wide = top.sum(-1) < top_p
     if top.shape[-1] < logits.shape[-1] and wide.any():
-        ordered, ids = probabilities[wide].sort(descending=True, stable=True)
-        tokens[wide] = _draw(ordered, ids, top_p, uniforms[wide])
+        tokens[wide] = _draw(*probabilities[wide].sort(descending=True), top_p, seeds[wide], step)
     return tokens
-
-
-def _draw(ordered: Tensor, ids: Tensor, top_p: float, uniforms: Tensor) -> Tensor:
-    cumulative = ordered.cumsum(-1)
-    # A token is inside while those before it have not reached top_p, so the likeliest always is.
-    inside = (cumulative - ordered < top_p).sum(-1, keepdim=True)
-    mass = cumulative.gather(-1, inside - 1)
-    drawn = torch.searchsorted(cumulative, uniforms[:, None] * mass, right=True)
-    return ids.gather(-1, drawn.minimum(inside - 1)).squeeze(-1)
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -47,3 +42,27 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
         seen: bool [R, V].
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def gumbel(seeds: Tensor, step: int, tokens: Tensor) -> Tensor:
+    """Gumbel noise of `tokens` [R, K] at `step` in rows with `seeds` [R]: float64 [R, K], a function of the three."""
+    stream = split_mix(split_mix(seeds) + step)
+    bits = (split_mix(stream[:, None] + tokens) >> 11) & (2**53 - 1)
+    return -((bits + 0.5) * 2.0**-53).log().neg().log()
+
+
+def split_mix(state: Tensor) -> Tensor:
+    """SplitMix64's output for each state: int64 of any shape, overflow wrapping round."""
+    mixed = state + _INCREMENT
+    # The shifts are logical ones: the mask takes away the copies of the sign.
+    mixed = (mixed ^ ((mixed >> 30) & (2**34 - 1))) * _MULTIPLIERS[0]
+    mixed = (mixed ^ ((mixed >> 27) & (2**37 - 1))) * _MULTIPLIERS[1]
+    return mixed ^ ((mixed >> 31) & (2**33 - 1))
+
+
+def _draw(ordered: Tensor, ids: Tensor, top_p: float, seeds: Tensor, step: int) -> Tensor:
+    # A token is inside while those before it have not reached top_p, so the likeliest always is.
+    inside = ordered.cumsum(-1) - ordered < top_p
+    noisy = ordered.log() + gumbel(seeds, step, ids)
+    drawn = noisy.masked_fill(~inside, float("-inf")).argmax(-1, keepdim=True)
+    return ids.gather(-1, drawn).squeeze(-1)

@@ -69,10 +69,10 @@ class TransformersEngine:
         """See `Engine.sample`."""
         costs = [(len(seed), len(prompt), max_tokens) for prompt, seed in zip(prompts, seeds, strict=True)]
         for batch in self._batches(costs):
-            uniforms = torch.stack([_uniforms(seed, max_tokens) for i in batch for seed in seeds[i]]).to(self.device)
+            own = torch.tensor([seed for i in batch for seed in seeds[i]], device=self.device)
 
-            def choose(logits: Tensor, rows: Tensor, step: int, uniforms: Tensor = uniforms) -> Tensor:
-                return nucleus(logits / temperature, top_p, uniforms[rows, step])
+            def choose(logits: Tensor, rows: Tensor, step: int, own: Tensor = own) -> Tensor:
+                return nucleus(logits / temperature, top_p, own[rows], step)
 
             rows = self._decode([prompts[i] for i in batch], len(seeds[batch[0]]), max_tokens, choose)
             yield from zip(batch, rows, strict=True)
@@ -205,8 +205,3 @@ class TransformersEngine:
 
     def _ids(self, rows: Sequence[list[int]]) -> Tensor:
         return torch.tensor(rows, device=self.device)
-
-
-def _uniforms(seed: int, count: int) -> Tensor:
-    """`count` random numbers in [0, 1) of one sample; drawn on the CPU, so that they are the same on every device."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
