@@ -391,6 +391,15 @@ class RunConfig(Settings):
                     f"`resources.{stage}.accelerator.count` gives {gpus} GPUs"
                 )
         for stage in ("sft_generator", "sdpo", "rec_tune"):
-            if getattr(self, stage).deepspeed and getattr(self.resources, stage).accelerator is None:
+            training: TrainingSettings = getattr(self, stage)
+            accelerator = getattr(self.resources, stage).accelerator
+            if training.deepspeed and accelerator is None:
                 raise ValueError(f"`{stage}.deepspeed` needs `resources.{stage}.accelerator`")
+            if accelerator and training.batch_size % (training.micro_batch_size * accelerator.count):
+                raise ValueError(
+                    f"`{stage}.batch_size` ({training.batch_size}) must be a multiple of `{stage}.micro_batch_size` "
+                    f"({training.micro_batch_size}) × `resources.{stage}.accelerator.count` ({accelerator.count})"
+                )
+        if self.loop.distillation and self.sdpo.lora is not None and self.sdpo.lora != self.sft_generator.lora:
+            raise ValueError("`sdpo.lora` goes on with the adapter of `sft_generator`; give both the same `lora`")
         return self
