@@ -26,7 +26,14 @@ def test_the_loss_is_on_the_completion_and_its_end_alone(tokenizer: PreTrainedTo
     )
     assert row["labels"][:learnt] == [-100] * learnt
     # The words one by one, then the turn's end; nothing after it.
-    assert [tokenizer.decode(label) for label in row["labels"][learnt:]] == ["L", "ikes", " no", "ir", ".", "<|im_end|>"]
+    assert [tokenizer.decode(label) for label in row["labels"][learnt:]] == [
+        "L",
+        "ikes",
+        " no",
+        "ir",
+        ".",
+        "<|im_end|>",
+    ]
     assert row["input_ids"][learnt:] == row["labels"][learnt:]
 
 

@@ -11,9 +11,7 @@ from trackrec.config import LoraSettings, TrainingSettings
 from trackrec.llm.models import load_model, save_model
 
 
-def test_accumulation_makes_up_for_micro_batches_and_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accumulation_makes_up_for_micro_batches_and_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TrainingSettings(batch_size=16, micro_batch_size=2)
     assert training.arguments(settings, tmp_path, seed=0)["gradient_accumulation_steps"] == 8
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -24,9 +22,7 @@ def test_accumulation_makes_up_for_micro_batches_and_processes(
 
 
 def test_warm_up_is_a_share_of_the_steps_and_seeds_of_any_size_do(tmp_path: Path) -> None:
-    args = TrainingArguments(
-        **training.arguments(TrainingSettings(warmup_ratio=0.1), tmp_path, seed=2**62 + 5)
-    )
+    args = TrainingArguments(**training.arguments(TrainingSettings(warmup_ratio=0.1), tmp_path, seed=2**62 + 5))
     assert args.get_warmup_steps(200) == 20
     assert args.seed == 5
     assert Path(str(args.output_dir)) == tmp_path / "checkpoints"
@@ -137,7 +133,10 @@ def test_the_loss_is_the_mean_over_the_examples_of_a_step_however_they_are_cut(t
     args.max_grad_norm = 0.0
     args.learning_rate = 0.25
     trainer = _SquareTrainer(
-        model=_Square(), args=args, train_dataset=rows, data_collator=lambda b: {"labels": torch.stack([r["labels"] for r in b])}
+        model=_Square(),
+        args=args,
+        train_dataset=rows,
+        data_collator=lambda b: {"labels": torch.stack([r["labels"] for r in b])},
     )
     seen: list[float] = []
     trainer.add_callback(_Follow(seen))

@@ -26,7 +26,9 @@ def test_examples_are_the_train_split_with_their_contexts_recot(tmp_path: Path) 
     texts = {row["context_id"]: row["text"] for row in schema.rows(tables["recots"], "recots")}
     examples = rec_tune.train_examples(tables["examples"], tables["contexts"], tables["recots"])
     assert [(e.row_id, e.title, e.label) for e in examples] == [
-        (2 * context + place, TITLES[context + place], (context + place) % 2) for context in range(3) for place in range(2)
+        (2 * context + place, TITLES[context + place], (context + place) % 2)
+        for context in range(3)
+        for place in range(2)
     ]
     for example in examples:
         context = f"c{example.row_id // 2}"
@@ -75,7 +77,7 @@ def test_a_second_iteration_goes_on_from_the_first_ones_validator(tiny_model: Pa
     first = tune(tiny_model, tmp_path / "v1", 1)
     second = tune(tmp_path / "v1", tmp_path / "v2", 2)
     afresh = tune(tiny_model, tmp_path / "w2", 2)
-    # Adam's steps are about the learning rate in size: an adapter continued stays near where it was, a new one does not.
+    # A step of Adam is about the learning rate in size: an adapter continued stays near, a new one does not.
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     assert 0 < (second[name] - first[name]).abs().max() < 2e-2
     assert (afresh[name] - first[name]).abs().max() > 5e-2

@@ -69,7 +69,7 @@ def test_a_recot_of_no_known_context_is_an_error(tiny_model: Path, tmp_path: Pat
     tables = publish_tables(tmp_path, contexts=2)
     row = schema.rows(tables["recots"], "recots")[0] | {"context_id": "elsewhere"}
     recots = publish_table(tmp_path / "recots", "recots", [row])
-    with pytest.raises(ValueError, match="RecCoT for context elsewhere, which .* has not"):
+    with pytest.raises(ValueError, match=r"RecCoT for context elsewhere, which .* has not"):
         sft_generator.run(
             SETTINGS, contexts=tables["contexts"], recots=recots, base_model=tiny_model, generator=tmp_path / "out"
         )

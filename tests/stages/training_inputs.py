@@ -23,12 +23,14 @@ def publish_tables(root: Path, contexts: int, examples_per_context: int = 1) -> 
     One more example is in the test split, on a context without RecCoT: training must not touch it.
     """
     names = [f"c{number}" for number in range(contexts)]
-    shown = [_context(name, number) for number, name in enumerate(names)] + [_context("held-out", 0) | {"split": "test"}]
+    shown = [_context(name, number) for number, name in enumerate(names)] + [
+        _context("held-out", 0) | {"split": "test"}
+    ]
     recots = [
         {
             "context_id": name,
             "sample": 0,
-            "text": f"The user likes {TITLES[number % 6]} and little else, in {number} words.",
+            "text": f"Likes {TITLES[number % 6]}.",
             "num_tokens": 12,
             "finish_reason": "stop",
             "model": "teacher",

@@ -111,7 +111,9 @@ def arguments(settings: TrainingSettings, work: Path, seed: int) -> dict[str, An
         "use_cpu": not on_gpu,
         "activation_checkpointing": settings.gradient_checkpointing,
         # PEFT on ZeRO-3 works with the reentrant kind alone.
-        "activation_checkpointing_kwargs": {"use_reentrant": settings.deepspeed == "zero3" and settings.lora is not None},
+        "activation_checkpointing_kwargs": {
+            "use_reentrant": settings.deepspeed == "zero3" and settings.lora is not None
+        },
         "deepspeed": deepspeed_config(settings.deepspeed) if settings.deepspeed else None,
         "save_strategy": "steps",
         "save_steps": settings.checkpoint_steps,
@@ -355,7 +357,7 @@ class _RefuseNonFinite(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and not math.isfinite(logs.get("loss", 0.0)):
             raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {state.global_step}; lower `learning_rate`, or use `dtype: float32`"
+                f"the loss is {logs['loss']} (step {state.global_step}); lower `learning_rate`, or set `dtype: float32`"
             )
 
 
