@@ -58,11 +58,17 @@ class Engine(Protocol):
 
 
 def open_engine(settings: EngineSettings, base_model: Path, model: Path) -> Engine:
-    """The engine of `settings.kind`, with `model` (full weights, or an adapter on `base_model`) loaded."""
+    """The engine of `settings.kind`, with `model` (full weights, or an adapter on `base_model`) loaded.
+
+    Raises:
+        WrongBaseError: `model` is an adapter on another base.
+    """
     if settings.kind == "vllm":
         from trackrec.llm.vllm_engine import VllmEngine
 
         return VllmEngine(settings, base_model, model)
+    from trackrec.llm.models import load_model, load_tokenizer
     from trackrec.llm.transformers_engine import TransformersEngine
 
-    return TransformersEngine(settings, base_model, model)
+    loaded = load_model(base_model, model, dtype=settings.dtype)
+    return TransformersEngine(load_tokenizer(base_model), loaded, settings.batch_tokens)

@@ -5,16 +5,16 @@ Results do not depend on how prompts are batched, up to rounding: every sample d
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trackrec.config import EngineSettings
 from trackrec.llm import shared_prefix
 from trackrec.llm.engine import Completion, Group
-from trackrec.llm.models import load_model, load_tokenizer
 from trackrec.llm.sampling import nucleus, penalise_repetition
 from trackrec.llm.shared_prefix import PrefixRecorder, SharedPrefixCache
 from trackrec.llm.tokens import yes_no_ids
@@ -41,17 +41,23 @@ class TransformersEngine:
     """`trackrec.llm.engine.Engine` over transformers.
 
     Args:
-        settings: `batch_tokens` bounds the tokens whose keys and values one batch holds, padding included; a single
-            prompt with its rows always makes a batch.
+        model: in eval mode, on the device to run on.
+        batch_tokens: bounds the tokens whose keys and values one batch holds, padding included; a single prompt with
+            its rows always makes a batch.
+
+    Raises:
+        UnsupportedModelError: the model's attention is not plain causal attention.
     """
 
-    def __init__(self, settings: EngineSettings, base_model: Path, model: Path) -> None:
-        self.tokenizer = load_tokenizer(base_model)
-        self.model = load_model(base_model, model, dtype=settings.dtype)
-        shared_prefix.enable(self.model)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel | PeftModel, batch_tokens: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.model: Any = model
+        self.batch_tokens = batch_tokens
+        shared_prefix.enable(model)
         if self.model.dtype != torch.float32:
             self.model.set_output_embeddings(Float32Head(self.model.get_output_embeddings()))
-        self.batch_tokens = settings.batch_tokens
         self.device = self.model.device
         stops = self.model.generation_config.eos_token_id
         stops = {*(stops if isinstance(stops, list) else [stops]), self.tokenizer.eos_token_id} - {None}
@@ -116,7 +122,7 @@ class TransformersEngine:
                 cache,
                 mask=(causal & (place >= pads[:, None, None]))[:, None],
             )
-            p = logits[:, answers].log_softmax(-1).exp().double().cpu().numpy().reshape(len(batch), rows, 2)
+            p = logits[:, answers].double().softmax(-1).cpu().numpy().reshape(len(batch), rows, 2)
             yield from zip(batch, p, strict=True)
 
     def _batches(self, costs: Sequence[tuple[int, int, int]]) -> Iterator[list[int]]:

