@@ -8,6 +8,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from trackrec.data import schema
+
 # Moments of the ML-1M windows, UTC.
 START, VALID, TEST, END = 991353600, 1017619200, 1030838400, 1044057600
 ML_1M_RATINGS = [
@@ -90,3 +92,9 @@ def read_rows(directory: Path) -> list[tuple[Any, ...]]:
         )
         for row in pq.read_table(directory / "interactions.parquet").to_pylist()
     ]
+
+
+def same_rows(here: Path, there: Path, table: str) -> bool:
+    """Whether two directories hold equal rows in the same order (only one engine marks columns as never null)."""
+    one, other = (schema.read(directory, table).cast(schema.TABLES[table]) for directory in (here, there))
+    return one.num_rows > 0 and one.equals(other)

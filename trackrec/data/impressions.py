@@ -23,6 +23,8 @@ from trackrec.data.recipe import at_least, part_by_time, seconds
 
 # A log in many files has no line order: ties break by what the rows say.
 TIES = ("part", "item_id", "rating", "label")
+# Where a row of a CSV file comes from, beside the log's own columns.
+_LINE = "__line"
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 
 
@@ -73,13 +75,13 @@ def _read(connection: BaseBackend, path: Path, scratch: Path) -> Table:
 
 
 def _stage_csv(path: Path, out: Path) -> Path:
-    """Copies a CSV file into Parquet, values as text, with each record's `line` beside them."""
+    """Copies a CSV file into Parquet, values as text, with each record's `line` beside them, as `_LINE`."""
     header = next(csv.reader([next(raw_files.lines(path, "utf-8"), (1, ""))[1]]), [])
     if len(set(header)) != len(header):
         raise RawDataError(f"{path}:1: a column's name twice: {', '.join(header)}")
     # Found out, the columns would be those of a broken line as well; stated, every line is held to them.
     columns = dict.fromkeys(header, "VARCHAR")
-    query = """SELECT row_number() OVER () + 1 AS line, * FROM read_csv(
+    query = f"""SELECT row_number() OVER () + 1 AS {_LINE}, * FROM read_csv(
         ?, columns = ?, header = false, skip = 1, auto_detect = false, delim = ',', quote = '"', escape = '"',
         comment = '', nullstr = '', strict_mode = true)"""
     try:
@@ -91,10 +93,11 @@ def _stage_csv(path: Path, out: Path) -> Path:
 
 
 def _require(table: Table, columns: list[str], path: Path) -> None:
-    missing = [name for name in columns if name not in table.columns]
+    found = [name for name in table.columns if name != _LINE]
+    missing = [name for name in columns if name not in found]
     if missing:
         raise RawDataError(
-            f"{path}:1: no column {', '.join(map(repr, missing))}; it has {', '.join(table.columns)}. "
+            f"{path}:1: no column {', '.join(map(repr, missing))}; it has {', '.join(found)}. "
             "Map the columns in `ingest.log`."
         )
 
@@ -114,7 +117,7 @@ def _rows(table: Table, log: ImpressionLog) -> Table:
     fault = broken_rating | ~label.isin([0.0, 1.0]).fill_null(False)
     for condition in missing:
         fault = fault | condition
-    line = table.line if "line" in table.columns else ibis.null("int64")
+    line = table[_LINE] if _LINE in table.columns else ibis.null("int64")
     rows = table.select(**ids, timestamp=timestamp, rating=rating, label=label, fault=fault, line=line)
     return rows.mutate(part=part_by_time(rows.timestamp, seconds(log.valid_from), seconds(log.test_from)))
 

@@ -135,6 +135,7 @@ def stage_ratings(
     if count != _count_lines(path) - first + 1:
         for _ in lines(path, "latin-1"):
             pass
+        raise RawDataError(f"{path}: {count} ratings on {_count_lines(path) - first + 1} lines")
     if not count:
         raise RawDataError(f"{path}: no ratings in it")
     faults = database.execute(
@@ -170,11 +171,11 @@ def stage_json(
     # row_number() over a scan follows the file's order.
     spec = ", ".join(f"{name}: '{kind}'" for name, kind in columns.items())
     source = (
-        f"(SELECT row_number() OVER () AS line, * FROM read_json('{path}', format = 'newline_delimited', "
+        f"(SELECT row_number() OVER () AS line, * FROM read_json(?, format = 'newline_delimited', "
         f"compression = 'gzip', columns = {{{spec}}}))"
     )
     try:
-        database.execute(f"COPY ({query.format(source=source)}) TO '{out}' (FORMAT parquet)")
+        database.execute(f"COPY ({query.format(source=source)}) TO '{out}' (FORMAT parquet)", [str(path)])
     except duckdb.Error as error:
         raise RawDataError(_json_fault(path, str(error))) from error
     faults = database.execute(f"SELECT min(line), count(*) FROM '{out}' WHERE ({required}) IS NOT TRUE").fetchall()
