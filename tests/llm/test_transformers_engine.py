@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from trackrec.config import EngineSettings
-from trackrec.llm.engine import Completion, open_engine
+from trackrec.llm.engine import Completion, PromptTooLongError, open_engine
+from trackrec.llm.models import save_model
 from trackrec.llm.sampling import nucleus
 from trackrec.llm.shared_prefix import UnsupportedModelError
 from trackrec.llm.tokens import yes_no_ids
@@ -174,10 +176,29 @@ def test_scores_of_qwen2_and_in_bfloat16(tokenizer: PreTrainedTokenizerFast, tmp
     assert (embeddings.weight.dtype, head.head.weight.dtype) == (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_an_adapter_is_applied(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, dtype: str, within: float
+) -> None:
+    """Merged in float32, beside the weights in bfloat16."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    save_model(model, tokenizer, tiny_model, tmp_path)
+    engine = open_engine(EngineSettings.model_validate({"dtype": dtype}), tiny_model, tmp_path)
+    found = dict(engine.score(list(groups())))
+    for i, scores in enumerate(reference_scores(model.eval(), yes_no_ids(tokenizer))):
+        np.testing.assert_allclose(found[i], scores, atol=within)
+    plain = dict(engine_of(tiny_model).score(list(groups())))
+    assert max(np.abs(found[i] - plain[i]).max() for i in found) > 0.1
+
+
 def test_what_cannot_be_run_is_refused(tiny_model: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     engine = engine_of(tiny_model)
     with pytest.raises(ValueError, match="at least two tokens"):
         list(engine.greedy([[5]], max_tokens=2, repetition_penalty=1.0))
+    with pytest.raises(PromptTooLongError, match=r"4090 tokens and 7 new ones exceed the model's 4096; lower"):
+        list(engine.greedy([[5] * 4091], max_tokens=7, repetition_penalty=1.0))
     config = LlamaConfig.from_pretrained(tiny_model)
     config.layer_types = ["full_attention", "sliding_attention"]
     LlamaForCausalLM(config).save_pretrained(tmp_path)

@@ -18,10 +18,10 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from trackrec.config import EngineSettings
 from trackrec.llm.chat import encode_chat, encode_rec
-from trackrec.llm.engine import Completion, Group, open_engine
+from trackrec.llm.engine import Completion, Group, PromptTooLongError, open_engine
 from trackrec.llm.models import WrongBaseError, save_model
 from trackrec.llm.tokens import yes_no_ids
-from trackrec.llm.vllm_engine import PromptTooLongError, VllmEngine
+from trackrec.llm.vllm_engine import VllmEngine
 
 pytestmark = pytest.mark.vllm
 

@@ -18,6 +18,16 @@ from trackrec.config import EngineSettings
 Group = tuple[list[int], Sequence[list[int]]]
 
 
+class PromptTooLongError(ValueError):
+    """A prompt that leaves no room for the tokens that are to follow it."""
+
+    def __init__(self, prompt: int, new: int, limit: int) -> None:
+        super().__init__(
+            f"a prompt of {prompt} tokens and {new} new ones exceed the model's {limit}; lower `contexts.history_length` "
+            "or `max_tokens` (or, with vLLM, raise `engine.max_model_len` if the model allows)"
+        )
+
+
 @dataclass(frozen=True)
 class Completion:
     """`text` without special tokens; `num_tokens` counts the end-of-sequence token if the model wrote one ("stop")."""

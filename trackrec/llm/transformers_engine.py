@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from trackrec.llm import shared_prefix
-from trackrec.llm.engine import Completion, Group
+from trackrec.llm.engine import Completion, Group, PromptTooLongError
 from trackrec.llm.sampling import nucleus, penalise_repetition
 from trackrec.llm.shared_prefix import PrefixRecorder, SharedPrefixCache
 from trackrec.llm.tokens import yes_no_ids
 
 # (logits [R, V], the rows' numbers [R] in the batch, step) → the rows' next tokens [R]
 Choose = Callable[[Tensor, Tensor, int], Tensor]
-# Finished rows are cut out of the batch once they are this share of it: doing so copies the cache.
+# Finished rows are cut out of a batch once at most this share of it stays: doing so copies the cache.
 _COMPACT_AT = 0.75
 
 
@@ -61,7 +61,7 @@ class TransformersEngine:
         self.device = self.model.device
         stops = self.model.generation_config.eos_token_id
         stops = {*(stops if isinstance(stops, list) else [stops]), self.tokenizer.eos_token_id} - {None}
-        self._stops = torch.tensor(sorted(stops), device=self.device)
+        self._stops = torch.tensor(sorted(stops), dtype=torch.long, device=self.device)
 
     def sample(
         self,
@@ -182,7 +182,9 @@ class TransformersEngine:
         """The prefixes' keys and values, for `rows` rows each of at most `capacity` more tokens."""
         if not all(prefixes):
             raise ValueError("a prompt must have at least two tokens, and a group's prefix one")
-        longest = max(map(len, prefixes))
+        longest, limit = max(map(len, prefixes)), self.model.config.max_position_embeddings
+        if longest + capacity > limit:
+            raise PromptTooLongError(longest, capacity, limit)
         # Padded on the right, where causal attention needs no mask: no token sees what comes after it.
         tokens = self._ids([p + [self.tokenizer.pad_token_id] * (longest - len(p)) for p in prefixes])
         recorded = PrefixRecorder()

@@ -19,7 +19,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from trackrec import storage
 from trackrec.config import EngineSettings
-from trackrec.llm.engine import Completion, Group
+from trackrec.llm.engine import Completion, Group, PromptTooLongError
 from trackrec.llm.models import ADAPTER_CONFIG, check_base, device, is_adapter, load_tokenizer, torch_dtype
 from trackrec.llm.tokens import yes_no_ids
 
@@ -27,10 +27,6 @@ from trackrec.llm.tokens import yes_no_ids
 _WHOLE_IDS: dict[str, Any] = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
 # One of the engine's requests: a prompt and how to go on from it.
 Request = tuple[list[int], SamplingParams]
-
-
-class PromptTooLongError(ValueError):
-    """A prompt that leaves no room for the tokens asked for."""
 
 
 class VllmEngine:
@@ -156,10 +152,7 @@ class VllmEngine:
     def _add(self, name: str, prompt: list[int], params: SamplingParams) -> str:
         limit = self._engine.model_config.max_model_len
         if len(prompt) + params.max_tokens > limit:
-            raise PromptTooLongError(
-                f"a prompt of {len(prompt)} tokens and {params.max_tokens} new ones exceed the model's {limit}; "
-                "shorten `contexts.history_length`, lower `max_tokens`, or raise `engine.max_model_len` if it can be"
-            )
+            raise PromptTooLongError(len(prompt), params.max_tokens, limit)
         (rendered,) = self._engine.renderer.render_cmpl([TokensPrompt(prompt_token_ids=prompt)])
         self._engine.add_request(name, rendered, params, lora_request=self._lora)
         return name
