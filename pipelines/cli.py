@@ -1,5 +1,6 @@
 """The `trackrec` command: runs, single stages, compiling; the library's own commands are mounted beside them."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -24,7 +25,8 @@ app = typer.Typer(
 )
 for command in library.registered_commands:
     app.registered_commands.append(command)
-console = Console(stderr=False)
+# Bound to the stream as it is now: a run redirects stdout to its log.
+console = Console(file=sys.stdout)
 
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="A run's YAML, e.g. pipelines/configs/quickstart.yaml.")

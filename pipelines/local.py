@@ -37,6 +37,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _STARTED = re.compile(r"Executing task '(?P<task>[^']+)'")
 _ENDED = re.compile(r"Task '(?P<task>[^']+)' finished with status (?P<status>\w+)")
 _PROGRESS = re.compile(r"\d+%\|")
+# Without a terminal, how often a long task's progress bar is printed.
+_PROGRESS_SECONDS = 15.0
 
 
 class RunFailed(RuntimeError):
@@ -200,7 +202,7 @@ class _Progress(io.TextIOBase):
         self.titles = titles
         self.console = console
         self.current = ""
-        self.started = 0.0
+        self.started = self.printed = 0.0
         self.pending = ""
         self.recent: list[str] = []
         self.status = console.status("starting")
@@ -230,7 +232,7 @@ class _Progress(io.TextIOBase):
         self.log.flush()
         if started := _STARTED.search(line):
             self.current = self.titles.get(started["task"], started["task"])
-            self.started = time.monotonic()
+            self.started = self.printed = time.monotonic()
             self.recent.clear()
             self.status.update(escape(self.current))
         elif ended := _ENDED.search(line):
@@ -238,7 +240,8 @@ class _Progress(io.TextIOBase):
             self.console.print(f"{mark} {escape(self.current):<42} {time.monotonic() - self.started:6.1f} s")
         elif _PROGRESS.search(line):
             self.status.update(escape(f"{self.current}: {line.strip()}"))
-            if not self.console.is_terminal:
-                self.console.print(escape(line.strip()), style="dim")
+            if not self.console.is_terminal and time.monotonic() - self.printed > _PROGRESS_SECONDS:
+                self.printed = time.monotonic()
+                self.console.print(f"  {escape(line.strip())}", style="dim", soft_wrap=True)
         elif line.strip():
             self.recent.append(line)

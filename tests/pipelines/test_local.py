@@ -17,7 +17,6 @@ QUICKSTART = "pipelines/configs/quickstart.yaml"
 # The quick start cut down to seconds a stage; the model, where a test names none, is the real one.
 SMALL = (
     "loop.iterations=1",
-    "contexts.history_length=4",
     "contexts.max_train_contexts=4",
     "contexts.max_valid_contexts=1",
     "contexts.max_test_contexts=5",
