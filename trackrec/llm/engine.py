@@ -24,7 +24,7 @@ class PromptTooLongError(ValueError):
     def __init__(self, prompt: int, new: int, limit: int) -> None:
         super().__init__(
             f"a prompt of {prompt} tokens and {new} new ones exceed the model's {limit}; lower "
-            "`contexts.history_length` or `max_tokens` (or, with vLLM, raise `engine.max_model_len` if the model allows)"
+            "`contexts.history_length` or `max_tokens` (in vLLM, or raise `engine.max_model_len` where it can be)"
         )
 
 
