@@ -71,7 +71,6 @@ def load_model(base_model: Path, model: Path, *, dtype: str, trainable: bool = F
         base_model if adapter else model,
         dtype=torch_dtype(dtype),
         local_files_only=True,
-        # Takes the boolean 4-D masks of `trackrec.llm.packing`.
         attn_implementation="sdpa",
     )
     if adapter:
