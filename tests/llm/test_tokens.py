@@ -18,7 +18,7 @@ def test_the_ids_come_from_the_tokenizer(tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def test_an_unknown_answer_is_refused() -> None:
-    with pytest.raises(TokenizerError, match="'No' as .*not as one token.*choose a base model"):
+    with pytest.raises(TokenizerError, match=r"'No' as .*not as one token.*choose a base model"):
         yes_no_ids(tokenizer_of(["[UNK]", "Yes"]))
 
 

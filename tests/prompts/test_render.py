@@ -25,7 +25,9 @@ def test_cot_prompt_of_movies_is_figure_4s() -> None:
 
 
 def test_rec_prompt_of_movies_is_figure_4s() -> None:
-    assert rec_prompt("movies", FIGURE_4, "Diabolique (1996)", "Based on the provided list, the user enjoys fantasy.") == (
+    assert rec_prompt(
+        "movies", FIGURE_4, "Diabolique (1996)", "Based on the provided list, the user enjoys fantasy."
+    ) == (
         "Here is a list of movies that a user has watched in the format of [MOVIE NAME (YEAR), RATING], where RATING>3 "
         "means like and RATING<=3 means dislike, identify whether the user will like the target movie by answering "
         '"Yes." or "No.". User\'s watching history: [\'In the Company of Men (1997)\', 3], '

@@ -56,7 +56,7 @@ TABLES: dict[str, pa.Schema] = {
             # Train rows of the user and of the item, over the whole train split: warm, cold and long-tail slices.
             ("user_train_rows", pa.int32()),
             ("item_train_rows", pa.int32()),
-            # Smoothed share of liked among the item's train rows: the baseline. Null on train rows (it holds their label).
+            # The baseline: smoothed share of liked among the item's train rows. Null on train rows: it holds their label.
             ("item_mean", pa.float64()),
         ]
     ),
@@ -92,7 +92,7 @@ TABLES: dict[str, pa.Schema] = {
             ("rejected", pa.list_(pa.string())),
             ("chosen_reward", pa.float64()),
             ("rejected_rewards", pa.list_(pa.float64())),
-            # Whether the text ended by itself ("stop"); one cut at the token limit has no end-of-sequence token to learn.
+            # Whether the text ended by itself ("stop"); one cut at the limit has no end-of-sequence token to learn.
             ("chosen_finished", pa.bool_()),
             ("rejected_finished", pa.list_(pa.bool_())),
         ]
@@ -120,9 +120,8 @@ def check(schema: pa.Schema, table: str, where: str) -> None:
             raise SchemaError(f"{where}: column {column.name!r} of table {table!r} is missing; found {schema.names}")
         # Parquet writers name a list's element differently; the types are what counts.
         if not _same_type(schema.field(index).type, column.type):
-            raise SchemaError(
-                f"{where}: column {column.name!r} of table {table!r} is {schema.field(index).type}, expected {column.type}"
-            )
+            found = schema.field(index).type
+            raise SchemaError(f"{where}: column {column.name!r} of table {table!r} is {found}, expected {column.type}")
 
 
 def read(directory: Path, table: str, columns: list[str] | None = None) -> pa.Table:
