@@ -4,6 +4,9 @@ V(u, i, G(u)) is Algorithm 1's normalised probability, P(Yes) / (P(Yes) + P(No))
 logistic function of the difference of the two logits. So eq. 6 (printed without its minus sign) is the binary
 cross-entropy of that difference, and V is trained on the very number that scores RecCoTs and is evaluated. A
 cross-entropy over the whole vocabulary would add a term for the mass on other tokens, which normalising discards.
+
+Every example is a row of its own. Sharing the history among a context's examples would gain nothing where contexts are
+rolling: MovieLens-1M has 33,891 train examples in 32,975 contexts.
 """
 
 from collections.abc import Sequence
