@@ -28,9 +28,7 @@ def adapted(base_model: Path, out: Path, tokenizer: PreTrainedTokenizerFast, see
     return logits
 
 
-def test_an_adapter_comes_back_as_it_was(
-    tiny_model: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_an_adapter_comes_back_as_it_was(tiny_model: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     expected = adapted(tiny_model, tmp_path, tokenizer)
     assert is_adapter(tmp_path) and not (tmp_path / "model.safetensors").exists()
     merged = load_model(tiny_model, tmp_path, dtype="float32")
