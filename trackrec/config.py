@@ -219,6 +219,8 @@ class RecTuneSettings(TrainingSettings):
     """Rec-tuning of V (eq. 5-6)."""
 
     epochs: Rate = 3.0
+    # How many train examples one iteration tunes on (drawn anew each iteration); None takes all.
+    max_examples: Positive | None = None
 
 
 # --- distillation -----------------------------------------------------------------------------------------------------

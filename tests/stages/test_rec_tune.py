@@ -86,3 +86,14 @@ def test_a_second_iteration_goes_on_from_the_first_ones_validator(tiny_model: Pa
     # The control sees shorter prompts.
     tune(tiny_model, tmp_path / "control", 1, recots=None)
     assert storage.read_manifest(tmp_path / "control").facts["tokens"] < facts["tokens"]
+
+
+def test_an_iteration_draws_its_examples_by_hash(tmp_path: Path) -> None:
+    tables = publish_tables(tmp_path, contexts=6, examples_per_context=2)
+    every = rec_tune.train_examples(tables["examples"], tables["contexts"], None)
+    assert rec_tune.draw(every, None, seed=1) == every
+    first, second = (rec_tune.draw(every, 5, seed=seed) for seed in (1, 2))
+    assert len(first) == len(second) == 5 and first != second
+    assert rec_tune.draw(list(reversed(every)), 5, seed=1) == first
+    # A larger draw holds the smaller one.
+    assert {e.row_id for e in first} < {e.row_id for e in rec_tune.draw(every, 7, seed=1)}

@@ -50,7 +50,7 @@ def _train(
     work: Path,
     seed: int,
 ) -> dict[str, Any]:
-    data = train_examples(examples, contexts, recots)
+    data = draw(train_examples(examples, contexts, recots), settings.max_examples, seed)
     return rec_tuning.tune(settings, data, base_model, validator, out, work, seed)
 
 
@@ -82,3 +82,9 @@ def train_examples(examples: Path, contexts: Path, recots: Path | None) -> list[
             )
         )
     return joined
+
+
+def draw(examples: list[rec_tuning.Example], count: int | None, seed: int) -> list[rec_tuning.Example]:
+    """All examples, or `count` of them drawn by a hash of `seed` and the row, in their order."""
+    drawn = sorted(examples, key=lambda example: seeds.derive(seed, example.row_id))[:count]
+    return sorted(drawn, key=lambda example: example.row_id)
