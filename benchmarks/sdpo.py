@@ -5,7 +5,7 @@
 
 "plain" is the usual way: N rows of prompt + RecCoT, padded, and the logits of every position. Each way runs in a
 process of its own, so that its peak memory is its own, over the same examples: a forward and a backward pass of
-equation 4 each, the first one not timed. The last example's gradients are compared.
+equation 4 each, the first one not timed. The last step's gradients are compared.
 """
 
 import argparse
@@ -80,19 +80,20 @@ def make_groups(count: int, samples: int, prompt: int, completion: int, vocabula
     return [(tokens(prompt), [tokens(length) for length in row]) for row in lengths.tolist()]
 
 
-def packed_logprobs(model: Any, group: Group) -> Tensor:
-    return suffix_logprobs(model, pack([group], pad_id=0, device=DEVICE))
+def packed_logprobs(model: Any, groups: list[Group]) -> Tensor:
+    return suffix_logprobs(model, pack(groups, pad_id=0, device=DEVICE))
 
 
-def plain_logprobs(model: Any, group: Group) -> Tensor:
-    prompt, recots = group
-    longest = len(prompt) + max(map(len, recots))
-    ids = torch.tensor([prompt + recot + [0] * (longest - len(prompt) - len(recot)) for recot in recots])
-    places, lengths = torch.arange(longest), torch.tensor([len(prompt) + len(recot) for recot in recots])
-    targets = ids.masked_fill((places < len(prompt)) | (places >= lengths[:, None]), -100).roll(-1, dims=1)
+def plain_logprobs(model: Any, groups: list[Group]) -> Tensor:
+    rows = [(prompt, recot) for prompt, recots in groups for recot in recots]
+    lengths = torch.tensor([len(prompt) + len(recot) for prompt, recot in rows])
+    longest = int(lengths.max())
+    ids = torch.tensor([prompt + recot + [0] * (longest - len(prompt) - len(recot)) for prompt, recot in rows])
+    places, prompts = torch.arange(longest), torch.tensor([len(prompt) for prompt, _ in rows])
+    targets = ids.masked_fill((places < prompts[:, None]) | (places >= lengths[:, None]), -100).roll(-1, dims=1)
     logits = model(input_ids=ids.to(DEVICE), attention_mask=(places < lengths[:, None]).long().to(DEVICE)).logits
     losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(DEVICE), reduction="none")
-    return -losses.view(ids.shape).sum(1)[None]
+    return -losses.view(ids.shape).sum(1).view(len(groups), -1)
 
 
 WAYS = {"packed": packed_logprobs, "plain": plain_logprobs}
@@ -101,22 +102,24 @@ WAYS = {"packed": packed_logprobs, "plain": plain_logprobs}
 def measure(way: str, args: argparse.Namespace) -> dict[str, Any]:
     model = build(args.model, args.lora)
     loss_function = SoftmaxDPOLoss(beta=0.1)
-    groups = make_groups(args.examples + 1, args.samples, args.prompt, args.completion, model.config.vocab_size)
+    count = (args.steps + 1) * args.batch
+    every = make_groups(count, args.samples, args.prompt, args.completion, model.config.vocab_size)
+    batches = [every[start : start + args.batch] for start in range(0, count, args.batch)]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     enable(model)
     with torch.no_grad():
-        references = [packed_logprobs(model, group) for group in groups]
+        references = [packed_logprobs(model, batch) for batch in batches]
     # Not quite the policy, so that the N gradients differ in weight.
     noise = torch.linspace(-20, 20, args.samples, device=DEVICE)
     if way == "plain":
         model.set_attn_implementation("sdpa")
     reset_peak_memory()
     seconds, losses = [], []
-    for group, reference in zip(groups, references, strict=True):
+    for batch, reference in zip(batches, references, strict=True):
         model.zero_grad(set_to_none=True)
         synchronize()
         started = time.perf_counter()
-        policy = WAYS[way](model, group)
+        policy = WAYS[way](model, batch)
         loss = loss_function(policy, reference + noise).sum()
         loss.backward()
         synchronize()
@@ -125,19 +128,20 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, Any]:
     gradients = {name: p.grad.float().cpu() for name, p in parameters.items() if p.grad is not None}
     safetensors.torch.save_file(gradients, args.gradients)
     return {
-        "examples_per_second": 1 / statistics.median(seconds[1:]),
-        "tokens": tokens_of(way, groups[1:]),
+        "examples_per_second": args.batch / statistics.median(seconds[1:]),
+        "tokens": sum(tokens_of(way, batch) for batch in batches[1:]) / (args.steps * args.batch),
         "peak_gib": peak_memory() / 2**30,
         "losses": losses,
-        "logprobs": policy[0].tolist(),
+        "logprobs": policy.flatten().tolist(),
     }
 
 
 def tokens_of(way: str, groups: list[Group]) -> int:
-    """Tokens through the model, the padding counted."""
+    """Tokens of a batch through the model, the padding counted."""
     if way == "packed":
-        return sum(len(prompt) + sum(map(len, recots)) for prompt, recots in groups)
-    return sum(len(recots) * (len(prompt) + max(map(len, recots))) for prompt, recots in groups)
+        return len(groups) * max(len(prompt) + sum(map(len, recots)) for prompt, recots in groups)
+    longest = max(len(prompt) + len(recot) for prompt, recots in groups for recot in recots)
+    return longest * sum(len(recots) for _, recots in groups)
 
 
 def peak_memory() -> int:
@@ -174,11 +178,10 @@ def report(args: argparse.Namespace) -> None:
     where = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     trained = "LoRA" if args.lora else "all weights"
     print(f"{args.model}, {trained}, on {where}")
-    print(f"N={args.samples}, prompts of {args.prompt} tokens, RecCoTs of about {args.completion}")
+    print(f"N={args.samples}, prompts of {args.prompt} tokens, RecCoTs of about {args.completion}, batch {args.batch}")
     print(f"{'':8}{'examples/s':>12}{'tokens/example':>16}{'peak GiB':>10}")
     for way, result in results.items():
-        tokens = result["tokens"] / args.examples
-        print(f"{way:8}{result['examples_per_second']:12.3f}{tokens:16.0f}{result['peak_gib']:10.2f}")
+        print(f"{way:8}{result['examples_per_second']:12.3f}{result['tokens']:16.0f}{result['peak_gib']:10.2f}")
     print(f"ratio   {packed['examples_per_second'] / plain['examples_per_second']:12.2f}")
     print(f"largest difference of a log-probability {largest(packed['logprobs'], plain['logprobs']):.1e}")
     print(f"largest difference of a loss            {largest(packed['losses'], plain['losses']):.1e}")
@@ -196,7 +199,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10, help="N, RecCoTs of an example")
     parser.add_argument("--prompt", type=int, default=400, help="tokens of a prompt")
     parser.add_argument("--completion", type=int, default=100, help="mean tokens of a RecCoT")
-    parser.add_argument("--examples", type=int, default=3, help="timed examples; one more goes before")
+    parser.add_argument("--batch", type=int, default=1, help="examples of a step")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps; one more goes before")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--gradients", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

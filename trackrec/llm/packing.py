@@ -116,6 +116,8 @@ def enable(model: PreTrainedModel | PeftModel) -> None:
             f"{config.model_type} has attention other than plain causal ({', '.join(sorted(kinds))}); "
             "packed rows need a model with full attention in every layer, such as Qwen2.5 or Llama"
         )
+    # cuDNN's attention plans anew for every shape, and nearly every row has one of its own; flash attention does not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # transformers builds no mask for an attention that has no mask function of the same name.
     AttentionInterface.register(ATTENTION, attend)
     model.set_attn_implementation(ATTENTION)
