@@ -57,18 +57,15 @@ def check_length(tokens: int, max_length: int, what: str) -> None:
         )
 
 
-def launch(
-    settings: TrainingSettings, body: Callable[..., dict[str, Any]], *args: Any, processes: int | None = None
-) -> dict[str, Any]:
+def launch(settings: TrainingSettings, body: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """Runs `body(*args)` in one process a GPU, or right here with one device and no DeepSpeed; returns rank 0's facts.
 
     Args:
         body: a module-level function; `args` must be picklable by multiprocessing (paths and settings are).
-        processes: how many; by default the number of GPUs, at least one.
     Raises:
         ChildFailedError: a process failed; the others are stopped.
     """
-    count = processes or max(torch.cuda.device_count(), 1)
+    count = max(torch.cuda.device_count(), 1)
     if count == 1 and settings.deepspeed is None:
         return body(*args)
     config = LaunchConfig(
@@ -177,6 +174,11 @@ def load_trainable(settings: TrainingSettings, base_model: Path, model: Path, se
     full = settings.lora is None and settings.deepspeed is None
     # Training all weights needs them in float32, for a step of 1e-5 vanishes in bfloat16; DeepSpeed keeps such a copy.
     dtype = "float32" if full else compute_dtype(settings)
+    if settings.deepspeed:
+        import deepspeed
+
+        # On a GPU accelerate has done it; on CPUs ZeRO-3 would take itself for the only process.
+        deepspeed.init_distributed(auto_mpi_discovery=False)
     loaded = models.load_model(base_model, model, dtype=dtype, trainable=True)
     if settings.lora is None:
         merged = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
