@@ -33,7 +33,7 @@ def compare(
         previous: The report that this row is added to.
         rewards: This iteration's table `rewards`.
         generator: This iteration's G, for its preference accuracy.
-        recots: The evaluated table `recots`, for its mean length.
+        recots: The evaluated table `recots`, for the share cut at the token limit.
     """
     from pathlib import Path
 
