@@ -54,21 +54,27 @@ def source_hash(stage: str) -> str:
 def sources(stage: str) -> list[Path]:
     """The files behind `source_hash`, sorted."""
     module = f"trackrec.stages.{stage}"
-    modules = _imports().find_upstream_modules(module) | {module}
     found: set[Path] = set()
-    for name in modules:
-        base = ROOT / Path(*name.split("."))
-        if base.is_dir():
-            # A package's data files (prompt templates, recorded RecCoTs) count with its code.
-            found.add(base / "__init__.py")
-            found.update(p for p in base.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc"))
+    for name in _imports().find_upstream_modules(module) | {module}:
+        *packages, own = (ROOT / Path(*name.split(".")[: depth + 1]) for depth in range(name.count(".") + 1))
+        if own.is_dir():
+            packages.append(own)
         else:
-            found.add(base.with_suffix(".py"))
+            found.add(own.with_suffix(".py"))
+        for package in packages:
+            found.add(package / "__init__.py")
+            found.update(_data_files(package))
     image = IMAGE_OF[stage]
     found.update(
         p for p in (ROOT / "images" / image / "Dockerfile", ROOT / "requirements" / f"{image}.txt") if p.is_file()
     )
     return sorted(found)
+
+
+def _data_files(package: Path) -> list[Path]:
+    """What a package carries beside code (prompt templates, recorded RecCoTs), its subpackages' left out."""
+    files = (path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc"))
+    return [path for path in files if next(p for p in path.parents if (p / "__init__.py").is_file()) == package]
 
 
 @functools.cache

@@ -34,10 +34,8 @@ def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") ->
             value=toleration.value,
             effect=toleration.effect,
         )
-    if resources.ephemeral_storage:
-        kubernetes.add_ephemeral_volume(
-            task, "scratch", mount_path="/tmp", access_modes=["ReadWriteOnce"], size=resources.ephemeral_storage
-        )
+    # An emptyDir, since any user may write to it; a claim's volume would belong to root, and the images do not.
+    kubernetes.empty_dir_mount(task, "scratch", mount_path="/tmp", size_limit=resources.ephemeral_storage)
     if resources.work_claim:
         kubernetes.mount_pvc(task, pvc_name=resources.work_claim, mount_path=WORK_PATH)
     if resources.shm:

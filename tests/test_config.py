@@ -72,7 +72,7 @@ def test_the_papers_settings() -> None:
         ({"distill_data": {"teacher": {"kind": "openai", "model": "m"}}}, r"max_cost_usd: Field required"),
         (
             {"distill_data": {"teacher": {"kind": "recorded", "pth": "x"}}},
-            r"pth: unknown key; allowed here: kind, path",
+            r"pth: unknown key; allowed here: kind, min_matches, path",
         ),
     ],
 )

@@ -323,6 +323,7 @@ class Resources(Settings):
 
     cpu: Quantity = "2"
     memory: Quantity = "8Gi"
+    # Scratch space at /tmp, on the node's own disk.
     ephemeral_storage: Quantity = "20Gi"
     accelerator: Accelerator | None = None
     node_selector: dict[str, str] = {}

@@ -152,11 +152,9 @@ def test_what_each_pod_asks_for(shipped: tuple[dict[str, Any], Compiled]) -> Non
         assert platform.get("nodeSelector", {}).get("labels", {}) == asked.get("node_selector", {})
         expected = [{"operator": "Exists", **toleration} for toleration in asked.get("tolerations", [])]
         assert platform.get("tolerations", []) == expected
-        (scratch,) = platform["genericEphemeralVolume"]
-        assert (scratch["mountPath"], scratch["size"]) == ("/tmp", asked.get("ephemeral_storage", "20Gi"))
-        shm = platform.get("emptyDirMounts", [])
-        wanted = [("/dev/shm", "Memory", asked["shm"])] if "shm" in asked else []
-        assert [(mount["mountPath"], mount["medium"], mount["sizeLimit"]) for mount in shm] == wanted
+        mounts = [(m["mountPath"], m.get("medium"), m["sizeLimit"]) for m in platform["emptyDirMounts"]]
+        scratch = ("/tmp", None, asked.get("ephemeral_storage", "20Gi"))
+        assert mounts == [scratch] + ([("/dev/shm", "Memory", asked["shm"])] if "shm" in asked else [])
         claims = platform.get("pvcMount", [])
         assert [claim["constant"] for claim in claims] == ([asked["work_claim"]] if "work_claim" in asked else [])
         secrets = platform.get("secretAsEnv", [])

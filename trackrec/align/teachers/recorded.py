@@ -22,7 +22,7 @@ def locate(path: str) -> Path:
         RecordingError: there is none.
     """
     if path in SHIPPED:
-        return Path(str(resources.files("trackrec.align") / "recorded" / SHIPPED[path]))
+        return Path(str(resources.files("trackrec.align.teachers") / "texts" / SHIPPED[path]))
     found = Path(path)
     if not found.is_file():
         raise RecordingError(
