@@ -145,7 +145,7 @@ def stage_ratings(
     ).fetchall()
     if faults:
         raise RawDataError(f"{path}:{faults[0][0]}: an empty field, or a rating that is no number")
-    database.execute(f"COPY (SELECT * FROM ratings ORDER BY line) TO '{out}' (FORMAT parquet)")
+    database.execute(f"COPY ratings TO '{out}' (FORMAT parquet)")
     database.execute("DROP TABLE ratings")
 
 
