@@ -56,7 +56,7 @@ TABLES: dict[str, pa.Schema] = {
             # Train rows of the user and of the item, over the whole train split: warm, cold and long-tail slices.
             ("user_train_rows", pa.int32()),
             ("item_train_rows", pa.int32()),
-            # The baseline: smoothed share of liked among the item's train rows. Null on train rows, whose label it holds.
+            # The baseline: the item's smoothed share of liked train rows. Null on train rows, whose label it holds.
             ("item_mean", pa.float64()),
         ]
     ),
