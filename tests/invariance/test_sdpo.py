@@ -134,14 +134,17 @@ def test_a_reference_cut_off_is_taken_up(tiny_model: Path, tmp_path: Path, monke
         assert torch.equal(again[name], weight), name
 
 
-def test_two_processes_are_one(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of four: 1 × 4, and 2 processes × 1 × 2, which get the sets of a step in turn."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     runs = []
     for processes in (1, 2):
+        # As many processes does `launch` start.
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=processes: count)
         out, work = tmp_path / f"out{processes}", tmp_path / f"work{processes}"
         sets = preference_sets(8)
         arguments = (settings(), sets, tiny_model, tiny_model, out, work, 3)
-        runs.append((training.launch(settings(), align, *arguments, processes=processes), weights(out)))
+        runs.append((training.launch(settings(), align, *arguments), weights(out)))
     (one_facts, one), (two_facts, two) = runs
     assert (one_facts["processes"], two_facts["processes"]) == (1, 2)
     same_trajectory(two_facts, two, one_facts, one)

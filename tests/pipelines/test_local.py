@@ -18,6 +18,7 @@ QUICKSTART = "pipelines/configs/quickstart.yaml"
 SMALL = (
     "loop.iterations=1",
     "contexts.max_train_contexts=4",
+    "distill_data.teacher.min_matches=4",
     "contexts.max_valid_contexts=1",
     "contexts.max_test_contexts=5",
     "contexts.max_examples_per_context=4",
