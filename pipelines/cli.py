@@ -28,6 +28,9 @@ for command in library.registered_commands:
 # Bound to the stream as it is now: a run redirects stdout to its log.
 console = Console(file=sys.stdout)
 
+# Columns below which the drawn table would cut its figures; the same as Markdown wraps whole.
+_TABLE_WIDTH = 150
+
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="A run's YAML, e.g. pipelines/configs/quickstart.yaml.")
 ]
@@ -128,7 +131,11 @@ def show(record: local.RunRecord, root: Path) -> None:
     """The run's table, then where everything lies."""
     compared = list(record.of_stage("compare").values())
     last = max(compared, key=lambda task: storage.numbers(task.outputs["report"].uri)["rows"])
-    console.print(report.table(Path(last.outputs["report"].uri)))
+    folder = Path(last.outputs["report"].uri)
+    if console.width >= _TABLE_WIDTH:
+        console.print(report.table(folder))
+    else:
+        console.print(escape((folder / "report.md").read_text(encoding="utf-8")), soft_wrap=True)
     ran = [task for task in record.tasks.values() if task.stage and not task.cached]
     cached = [task for task in record.tasks.values() if task.cached]
     for task in record.tasks.values():
