@@ -21,7 +21,7 @@ from google.protobuf import json_format
 from kfp import compiler, components, dsl, local
 from kfp.dsl.graph_component import GraphComponent
 from kfp.local import pipeline_orchestrator
-from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PipelineTaskSpec
+from kfp.pipeline_spec.pipeline_spec_pb2 import ParameterType, PipelineSpec, PipelineTaskSpec
 from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
@@ -161,7 +161,7 @@ def _record(
             title=task.task_info.name or name,
             stage="" if is_importer else executor.removeprefix("exec-").rstrip("-0123456789").replace("-", "_"),
             cached=not is_importer and not any(Path(a.uri).is_relative_to(written) for a in own.values()),
-            parameters=_parameters(task, arguments),
+            parameters=_parameters(spec, task, arguments),
             inputs={
                 key: artifacts[
                     f"{source.task_output_artifact.producer_task}/{source.task_output_artifact.output_artifact_key}"
@@ -173,13 +173,17 @@ def _record(
     return tasks
 
 
-def _parameters(task: PipelineTaskSpec, arguments: dict[str, Any]) -> dict[str, Any]:
+def _parameters(spec: PipelineSpec, task: PipelineTaskSpec, arguments: dict[str, Any]) -> dict[str, Any]:
+    definitions = spec.components[task.component_ref.name].input_definitions.parameters
     values = {}
     for name, source in task.inputs.parameters.items():
         if source.HasField("component_input_parameter"):
             values[name] = arguments.get(source.component_input_parameter)
-        else:
-            values[name] = json_format.MessageToDict(source.runtime_value.constant)
+            continue
+        value = json_format.MessageToDict(source.runtime_value.constant)
+        # The IR knows one kind of number.
+        is_integer = definitions[name].parameter_type == ParameterType.NUMBER_INTEGER
+        values[name] = int(value) if is_integer else value
     return values
 
 
