@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
+from trackrec.llm.attention import UnsupportedModelError
 from trackrec.llm.logprobs import suffix_logprobs
-from trackrec.llm.packing import UnsupportedModelError, enable, pack
+from trackrec.llm.packing import enable, pack
 
 SIZES = {
     "vocab_size": 97,

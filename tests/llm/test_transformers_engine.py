@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from trackrec.config import EngineSettings
+from trackrec.llm.attention import UnsupportedModelError
 from trackrec.llm.engine import Completion, PromptTooLongError, open_engine
 from trackrec.llm.models import save_model
 from trackrec.llm.sampling import nucleus
-from trackrec.llm.shared_prefix import UnsupportedModelError
 from trackrec.llm.tokens import yes_no_ids
 from trackrec.llm.transformers_engine import TransformersEngine
 from trackrec.seeds import derive

@@ -18,14 +18,12 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 
+from trackrec.llm.attention import require_plain_causal
+
 ATTENTION = "trackrec_packed"
 # Segment of a prefix token; suffix j (from 0) has j + 1.
 PREFIX = 0
 PADDING = -1
-
-
-class UnsupportedModelError(ValueError):
-    """A model whose attention is not plain causal attention in every layer."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +107,9 @@ def enable(model: PreTrainedModel | PeftModel) -> None:
     Raises:
         UnsupportedModelError: some layers use a sliding window, linear attention or soft-capped logits.
     """
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "attn_logit_softcapping", None):
-        raise UnsupportedModelError(
-            f"{config.model_type} has attention other than plain causal ({', '.join(sorted(kinds))}); "
-            "packed rows need a model with full attention in every layer, such as Qwen2.5 or Llama"
-        )
+    require_plain_causal(
+        model, instead="packed rows need a model with full attention in every layer, such as Qwen2.5 or Llama"
+    )
     # cuDNN's attention plans anew for every shape, and nearly every row has one of its own; flash attention does not.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # transformers builds no mask for an attention that has no mask function of the same name.

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from trackrec.llm.attention import require_plain_causal
+
 NAME = "trackrec_shared_prefix"
-
-
-class UnsupportedModelError(ValueError):
-    """A model whose attention is not plain causal attention in every layer."""
 
 
 def enable(model: PreTrainedModel | PeftModel) -> None:
@@ -26,13 +24,7 @@ def enable(model: PreTrainedModel | PeftModel) -> None:
     Raises:
         UnsupportedModelError: some layers use a sliding window, linear attention or soft-capped logits.
     """
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "attn_logit_softcapping", None):
-        raise UnsupportedModelError(
-            f"{config.model_type} has attention other than plain causal ({', '.join(sorted(kinds))}); "
-            "run it with `engine.kind: vllm`"
-        )
+    require_plain_causal(model, instead="run it with `engine.kind: vllm`")
     # With no mask function of that name, transformers builds no mask and hands a 4-D one through.
     AttentionInterface.register(NAME, attend)
     model.set_attn_implementation(NAME)
