@@ -31,6 +31,10 @@ quickstart: setup ## Run the whole of TrackRec on this machine, in minutes
 test: setup ## Run the tests
 	$(BIN)/python -m pytest
 
+.PHONY: test-gpu
+test-gpu: setup ## Run the tests that need a CUDA device (the environment must hold torch's CUDA build)
+	$(BIN)/python -m pytest -m gpu
+
 .PHONY: test-vllm
 test-vllm: ## Run the vLLM engine's tests in an environment of its own
 	bash tests/vllm_env.sh

@@ -128,22 +128,23 @@ def fetched(key: str, name: str) -> Path:
 
 
 def show(record: local.RunRecord, root: Path) -> None:
-    """The run's table, then where everything lies."""
+    """Where everything lies, then the run's table: what was asked for stays in sight."""
     compared = list(record.of_stage("compare").values())
     last = max(compared, key=lambda task: storage.numbers(task.outputs["report"].uri)["rows"])
     folder = Path(last.outputs["report"].uri)
+    for task in record.tasks.values():
+        for output, artifact in task.outputs.items():
+            console.print(f"{escape(task.title):<42} {output:<12} {escape(artifact.uri)}", soft_wrap=True, style="dim")
+    console.print()
     if console.width >= _TABLE_WIDTH:
         console.print(report.table(folder))
     else:
         console.print(escape((folder / "report.md").read_text(encoding="utf-8")), soft_wrap=True)
     ran = [task for task in record.tasks.values() if task.stage and not task.cached]
     cached = [task for task in record.tasks.values() if task.cached]
-    for task in record.tasks.values():
-        for output, artifact in task.outputs.items():
-            console.print(f"{escape(task.title):<42} {output:<12} {escape(artifact.uri)}", soft_wrap=True, style="dim")
     console.print(
-        f"\n[bold]{record.run}[/]: {len(ran)} tasks run, {len(cached)} from the cache, {record.seconds:.0f} s; "
-        f"record and log in {root / record.run}",
+        f"[bold]{record.run}[/]: {len(ran)} tasks run, {len(cached)} from the cache, {record.seconds:.0f} s; "
+        f"record and log in {root / record.run}, the table in {folder}",
         soft_wrap=True,
     )
 

@@ -14,6 +14,7 @@ import io
 import os
 import re
 import time
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,10 @@ def _record(
         for key, value in outputs.items()
     }
     tasks = {}
-    for name, task in spec.root.dag.tasks.items():
+    # The IR's tasks come in no order; a reader follows them from what they read to what they write.
+    upstream = {name: sorted(task.dependent_tasks) for name, task in sorted(spec.root.dag.tasks.items())}
+    for name in TopologicalSorter(upstream).static_order():
+        task = spec.root.dag.tasks[name]
         executor = spec.components[task.component_ref.name].executor_label
         own = {key.split("/", 1)[1]: value for key, value in artifacts.items() if key.split("/", 1)[0] == name}
         is_importer = "importer" in spec.deployment_spec["executors"][executor]

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trackrec.fetch import fetch
 from trackrec.llm.models import load_tokenizer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs but from `pytest -m gpu`: the other tests compare float32 numbers computed on a CPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

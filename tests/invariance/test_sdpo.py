@@ -1,6 +1,8 @@
 """S-DPO trainings that must take the same trajectory."""
 
 import itertools
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trackrec.align import sdpo_trainer, training
@@ -148,6 +151,43 @@ def test_two_processes_are_one(tiny_model: Path, tmp_path: Path, monkeypatch: py
     (one_facts, one), (two_facts, two) = runs
     assert (one_facts["processes"], two_facts["processes"]) == (1, 2)
     same_trajectory(two_facts, two, one_facts, one)
+
+
+def dying_align(*arguments: Any) -> dict[str, Any]:
+    """`align`, but the process dies in the middle of its third step."""
+    calls, training_step = itertools.count(), SdpoTrainer.training_step
+
+    def dying_step(self: SdpoTrainer, *args: Any, **kwargs: Any) -> Tensor:
+        # Steps of four sets, two a process: call 5 is the third step's second micro-batch.
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(self, *args, **kwargs)
+
+    SdpoTrainer.training_step = dying_step  # type: ignore[method-assign]
+    return align(*arguments)
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_resumed_is_uninterrupted_under_deepspeed(
+    zero: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes with a part of the optimiser's state (and of the weights) each, killed after a checkpoint."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # as many processes does `launch` start
+    chosen = settings(deepspeed=zero)
+
+    def launched(body: Any, root: Path) -> dict[str, Any]:
+        arguments = (chosen, preference_sets(8), tiny_model, tiny_model, root / "out", root / "work", 3)
+        return training.launch(chosen, body, *arguments)
+
+    facts = launched(align, tmp_path / "whole")
+    with pytest.raises(ChildFailedError):
+        launched(dying_align, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "out").exists()
+    again_facts = launched(align, tmp_path / "killed")
+    assert (facts["resumed_from_step"], again_facts["resumed_from_step"], facts["steps"]) == (0, 2, 4)
+    expected, again = weights(tmp_path / "whole" / "out"), weights(tmp_path / "killed" / "out")
+    same_trajectory(again_facts, again, facts, expected)
 
 
 def plain_logprobs(model: Any, row: Row, pad_id: int) -> Tensor:
