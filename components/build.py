@@ -9,7 +9,8 @@ from kfp import compiler
 from kfp.dsl.python_component import PythonComponent
 
 from components import images, stages
-from trackrec.config import RunConfig, Settings
+from trackrec.config import Settings
+from trackrec.run_config import RunConfig
 
 FOLDER = Path(__file__).parent
 

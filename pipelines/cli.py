@@ -15,8 +15,8 @@ from pipelines import local, single
 from pipelines.trackrec import build
 from trackrec import config_file, fetch, storage
 from trackrec.cli import app as library
-from trackrec.config import RunConfig
 from trackrec.evaluation import report
+from trackrec.run_config import RunConfig
 
 app = typer.Typer(
     help="Teach a small language model to write recommendation chain-of-thought: on Kubeflow or on one machine.",
@@ -67,9 +67,13 @@ def stage(
     cache: Annotated[bool, typer.Option(help="Reuse what the unchanged stage wrote before.")] = True,
 ) -> None:
     """Run one stage again, with the inputs that a run cached, under changed settings if any are given."""
-    earlier = local.read_record(root, run)
-    loaded = config_file.load(root / run / local.CONFIG, _overrides(set_))
-    pipeline = single.build(loaded, single.find(earlier, name))
+    task = single.find(local.read_record(root, run), name)
+    overrides = _overrides(set_)
+    for key in overrides:
+        if key != "seed" and not key.startswith((f"{task.stage}.", f"resources.{task.stage}.")):
+            raise config_file.ConfigError(f"{key}: not a setting of {task.stage}; allowed here: {task.stage}.*, seed")
+    loaded = config_file.load(root / run / local.CONFIG, overrides)
+    pipeline = single.build(loaded, task)
     record = local.execute(pipeline, _dump(loaded), root=root, arguments={}, caching=cache, console=console)
     for task in record.tasks.values():
         for output, artifact in task.outputs.items() if task.stage else ():
@@ -130,6 +134,8 @@ def fetched(key: str, name: str) -> Path:
 def show(record: local.RunRecord, root: Path) -> None:
     """Where everything lies, then the run's table: what was asked for stays in sight."""
     compared = list(record.of_stage("compare").values())
+    if not compared:
+        raise LookupError(f"run {record.run} is of one stage and has no table; name the run it came from")
     last = max(compared, key=lambda task: storage.numbers(task.outputs["report"].uri)["rows"])
     folder = Path(last.outputs["report"].uri)
     for task in record.tasks.values():

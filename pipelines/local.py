@@ -10,11 +10,13 @@ Everything lies under one root (`runs/` by default):
 
 import contextlib
 import datetime as dt
+import hashlib
 import io
 import os
 import re
 import time
 from graphlib import TopologicalSorter
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _STARTED = re.compile(r"Executing task '(?P<task>[^']+)'")
 _ENDED = re.compile(r"Task '(?P<task>[^']+)' finished with status (?P<status>\w+)")
 _PROGRESS = re.compile(r"\d+%\|")
+_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "trl", "duckdb", "ibis-framework", "scikit-learn")
 # Without a terminal, how often a long task's progress bar is printed.
 _PROGRESS_SECONDS = 15.0
 
@@ -113,7 +116,7 @@ def execute(
         local.SubprocessRunner(use_venv=False),
         pipeline_root=str(root / "artifacts" / run),
         enable_caching=caching,
-        cache_root=str(root / "cache"),
+        cache_root=str(root / "cache" / _environment()),
     )
     titles = {name: task.task_info.name or name for name, task in spec.root.dag.tasks.items()}
     with (folder / LOG).open("w", encoding="utf-8") as log, _Progress(log, titles, console) as progress:
@@ -133,6 +136,12 @@ def execute(
     )
     storage.write_atomic(folder / RECORD, record.model_dump_json(indent=2).encode())
     return record
+
+
+def _environment() -> str:
+    """A hash of the installed libraries a result depends on: an image has them in its tag, this machine has not."""
+    versions = [f"{name}=={metadata.version(name)}" for name in _LIBRARIES]
+    return hashlib.sha256(" ".join(versions).encode()).hexdigest()[:12]
 
 
 def _expose_outputs(spec: PipelineSpec) -> None:

@@ -4,7 +4,7 @@ from kfp import dsl, kubernetes
 from kfp.dsl.pipeline_task import PipelineTask
 
 from components import images
-from trackrec.config import Resources, RunConfig
+from trackrec.run_config import Resources, RunConfig
 
 # What a retried pod resumes from (see `trackrec.storage.work_root`).
 WORK_PATH = "/tmp/trackrec-work"

@@ -7,7 +7,7 @@ from components import stages
 from pipelines.local import RunRecord, TaskRecord
 from pipelines.placement import place
 from pipelines.trackrec import values
-from trackrec.config import RunConfig
+from trackrec.run_config import RunConfig
 
 _KINDS = {kind.schema_title: kind for kind in (dsl.Dataset, dsl.Model, dsl.Metrics, dsl.Markdown)}
 

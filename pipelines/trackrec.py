@@ -3,6 +3,8 @@
 The loop is unrolled in Python, so each iteration's stages are tasks of their own: cached, retried and re-run singly.
 """
 
+from typing import get_args
+
 from kfp import dsl
 from kfp.dsl.graph_component import GraphComponent
 from kfp.dsl.pipeline_channel import PipelineArtifactChannel
@@ -20,7 +22,8 @@ from components.score.component import score
 from components.sdpo.component import sdpo
 from components.sft_generator.component import sft_generator
 from pipelines.placement import imported, place
-from trackrec.config import RunConfig, Settings
+from trackrec.config import Settings, Split
+from trackrec.run_config import RunConfig
 
 
 def build(config: RunConfig) -> GraphComponent:
@@ -30,8 +33,8 @@ def build(config: RunConfig) -> GraphComponent:
     def trackrec(
         raw_data: str = config.raw_data,
         base_model: str = config.base_model,
-        raw_data_version: str = "",
-        base_model_version: str = "",
+        raw_data_version: str = config.raw_data_version,
+        base_model_version: str = config.base_model_version,
     ) -> None:
         raw = imported(raw_data, raw_data_version, dsl.Dataset, "raw data")
         base = imported(base_model, base_model_version, dsl.Model, "base model")
@@ -54,8 +57,6 @@ def build(config: RunConfig) -> GraphComponent:
         validator = base
         if config.loop.controls:
             loop.evaluated("no RecCoT, zero-shot", 0, "control", validator=base)
-            tuned = loop.tuned(validator=base, iteration=0, title="rec_tune (no RecCoT)")
-            loop.evaluated("no RecCoT, tuned", 0, "control", validator=tuned)
         recots = loop.written(generator, 0)
         loop.evaluated("iteration 0", 0, "iteration", validator=validator, recots=recots)
 
@@ -64,8 +65,7 @@ def build(config: RunConfig) -> GraphComponent:
             rewards, generator = loop.aligned(generator, validator, t)
             # Stage 2: validator training on the texts of the new G (eq. 6).
             recots = loop.written(generator, t)
-            start = validator if config.loop.validator_init == "previous" else base
-            validator = loop.tuned(validator=start, iteration=t, recots=recots)
+            validator = loop.tuned(validator=loop.start(validator), iteration=t, recots=recots)
             loop.evaluated(
                 f"iteration {t}",
                 t,
@@ -76,6 +76,12 @@ def build(config: RunConfig) -> GraphComponent:
                 generator=generator,
             )
 
+        if config.loop.controls and config.loop.iterations:
+            # As often as V, on the same examples: the RecCoTs are all that V had more.
+            tuned = base
+            for t in range(1, config.loop.iterations + 1):
+                tuned = loop.tuned(validator=loop.start(tuned), iteration=t, title=f"rec_tune {t} (no RecCoT)")
+            loop.evaluated("no RecCoT, tuned", config.loop.iterations, "control", validator=tuned)
         if config.loop.controls:
             loop.evaluated(
                 "RecCoTs shuffled between users",
@@ -183,14 +189,21 @@ class Loop:
         return scored.outputs["rewards"], optimised.outputs["aligned"]
 
     def written(self, generator: PipelineArtifactChannel, t: int) -> PipelineArtifactChannel:
-        """G's greedy RecCoTs."""
+        """G's greedy RecCoTs, of what something reads; the last G's may become features, so it writes all."""
+        read = {self.config.evaluate.split} | ({"train"} if t > 0 else set())
         task = generate(
             settings=values(self.config.generate),
+            splits=list(get_args(Split)) if t == self.config.loop.iterations else sorted(read),
+            examples=self.examples,
             contexts=self.contexts,
             base_model=self.base,
             generator=generator,
         )
         return place(task, "generate", self.config, f"generate {t}").outputs["recots"]
+
+    def start(self, validator: PipelineArtifactChannel) -> PipelineArtifactChannel:
+        """Where a Rec-tuning starts: the paper goes on from the last V."""
+        return validator if self.config.loop.validator_init == "previous" else self.base
 
     def tuned(
         self,

@@ -1,15 +1,18 @@
 """The typed settings: what is refused, and how it is said."""
 
+import math
 import types
 import typing
+from datetime import date
 from pathlib import Path
 
 import pytest
 import yaml
 
 from trackrec import config, config_file
-from trackrec.config import RunConfig, Settings
+from trackrec.config import Settings
 from trackrec.config_file import ConfigError
+from trackrec.run_config import RunConfig, Toleration
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
 MINIMAL = {
@@ -26,6 +29,12 @@ def written(tmp_path: Path, **changes: object) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
     return path
+
+
+def impressions(domain: str, **log: object) -> dict[str, object]:
+    """The changes that make a run one on an impression log."""
+    dates = {"valid_from": date(2025, 5, 1), "test_from": "2025-06-01"}
+    return {"ingest": {"dataset": "impressions", "log": {**dates, **log}}, "contexts": {"domain": domain}}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -61,7 +70,10 @@ def test_the_papers_settings() -> None:
         ({"sdpo": {"lora": {"r": 8}}}, r"`sdpo\.lora` goes on with the adapter of `sft_generator`"),
         ({"sdpo": {"lora": {"r": 8}}, "sft_generator": {"lora": {"r": 16}}}, r"give both the same `lora`"),
         ({"sdpo": {"deepspeed": "zero3"}}, r"`sdpo\.deepspeed` needs `resources\.sdpo\.accelerator`"),
-        ({"sample": {"engine": {"tensor_parallel_size": 2}}}, r"tensor_parallel_size` is 2.*gives 0 GPUs"),
+        (
+            {"sample": {"engine": {"kind": "vllm", "tensor_parallel_size": 2}}},
+            r"tensor_parallel_size` is 2.*gives 0 GPUs",
+        ),
         ({"ingest": {"dataset": "impressions"}}, r"ingest: `log` goes with `dataset: impressions`"),
         ({"resources": {"sampel": {}}}, r"resources\.sampel: unknown key; allowed here: .*\bsample\b"),
         ({"resources": {"sample": {"memory": "lots"}}}, r"resources\.sample\.memory: .*'lots'"),
@@ -74,6 +86,38 @@ def test_the_papers_settings() -> None:
             {"distill_data": {"teacher": {"kind": "recorded", "pth": "x"}}},
             r"pth: unknown key; allowed here: kind, min_matches, path",
         ),
+        # A wrong type, though it could be converted.
+        ({"loop": {"iterations": True}}, r"loop\.iterations: .*valid integer \(got True\)"),
+        ({"loop": {"controls": "yes"}}, r"loop\.controls: .*valid boolean \(got 'yes'\)"),
+        ({"sample": {"n": "4"}}, r"sample\.n: .*valid integer \(got '4'\)"),
+        ({"sample": {"n": 4.0}}, r"sample\.n: .*valid integer \(got 4\.0\)"),
+        ({"sdpo": {"learning_rate": "0.1"}}, r"sdpo\.learning_rate: .*valid number \(got '0\.1'\)"),
+        ({"sdpo": {"learning_rate": True}}, r"sdpo\.learning_rate: .*valid number \(got True\)"),
+        ({"raw_data_version": 3}, r"raw_data_version: .*valid string \(got 3\)"),
+        # A value that no run could mean.
+        ({"sdpo": {"learning_rate": math.inf}}, r"sdpo\.learning_rate: .*finite number \(got inf\)"),
+        ({"sdpo": {"learning_rate": math.nan}}, r"sdpo\.learning_rate: .*finite number \(got nan\)"),
+        ({"sdpo": {"holdout": 1.0}}, r"sdpo\.holdout: .*less than 1 \(got 1\.0\)"),
+        ({"preferences": {"tolerance": 1.5}}, r"preferences\.tolerance: .*less than 1 \(got 1\.5\)"),
+        ({"score": {"engine": {"kind": "vllm", "max_model_len": 16}}}, r"engine\.max_model_len: .*64 \(got 16\)"),
+        ({"contexts": {"domain": "movies", "memory_limit": "500m"}}, r"contexts\.memory_limit: .*\(got '500m'\)"),
+        ({"ingest": {"dataset": "ml-1m", "memory_limit": "0Gi"}}, r"ingest\.memory_limit: .*\(got '0Gi'\)"),
+        ({"resources": {"sample": {"memory": "500m"}}}, r"resources\.sample\.memory: .*\(got '500m'\)"),
+        ({"resources": {"sample": {"cpu": "32Gi"}}}, r"resources\.sample\.cpu: .*\(got '32Gi'\)"),
+        ({"resources": {"sample": {"shm": "0.5"}}}, r"resources\.sample\.shm: .*\(got '0\.5'\)"),
+        ({"raw_data": ""}, r"raw_data: .*at least 1 character"),
+        ({"base_model": ""}, r"base_model: .*at least 1 character"),
+        # Settings that do not go together.
+        ({"sample": {"engine": {"max_model_len": 4096}}}, r"sample\.engine: `max_model_len` is vLLM's;.*`kind: vllm`"),
+        ({"score": {"engine": {"gpu_memory_utilization": 0.5}}}, r"score\.engine: `gpu_memory_utilization` is vLLM's"),
+        ({"score": {"engine": {"tensor_parallel_size": 2}}}, r"score\.engine: `tensor_parallel_size` is vLLM's"),
+        (impressions("generic", label="clicked", rating="stars", liked_from=4), r"log: `label` and `liked_from`"),
+        (impressions("generic", rating="stars"), r"ingest\.log: give `label`, or both `rating` and `liked_from`"),
+        (impressions("movies", label="clicked"), r"domain: movies` shows ratings, and `ingest\.log\.rating`"),
+        (impressions("movies", rating="stars", liked_from=3), r"above 3 means like, but `impressions` likes from 3 on"),
+        (impressions("books", rating="stars", liked_from=4), r"above 4 means like, but .* from 4 on; .*generic`"),
+        ({"contexts": {"domain": "books"}}, r"domain: books` .* above 4 means like, but `ml-1m` likes from 4 on"),
+        ({"ingest": {"dataset": "amazon-book"}}, r"above 3 means like, but `amazon-book` likes from 5 on; .*generic`"),
     ],
 )
 def test_a_bad_setting_is_named_with_what_is_allowed(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -91,7 +135,78 @@ def test_overrides_replace_single_settings(tmp_path: Path) -> None:
         config_file.load(written(tmp_path), {"name.x": 1})
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", ""])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"contexts": {"domain": "generic"}},
+        {"ingest": {"dataset": "amazon-book"}, "contexts": {"domain": "books"}},
+        {"ingest": {"dataset": "amazon-book"}, "contexts": {"domain": "generic"}},
+        impressions("generic", label="clicked"),
+        impressions("generic", rating="stars", liked_from=2),
+        impressions("movies", label="clicked", rating="stars"),
+        impressions("movies", rating="stars", liked_from=3.5),
+        impressions("books", rating="stars", liked_from=5),
+    ],
+)
+def test_prompts_that_tell_what_is_liked(tmp_path: Path, changes: dict[str, object]) -> None:
+    config_file.load(written(tmp_path, **changes))
+
+
+def test_a_file_is_read_strictly_and_yet_as_it_is_written(tmp_path: Path) -> None:
+    """Whole numbers for floats, exponents without a dot, and dates without quotes are no wrong types."""
+    changes = impressions("movies", rating="stars", liked_from=4, item_attributes=["genre"])
+    path = written(tmp_path, **changes, distill_data={"teacher": {"kind": "recorded"}, "share": 1})
+    key, rate = config_file.parse_override("sdpo.learning_rate=1e-5")
+    loaded = config_file.load(path, {key: rate})
+    assert loaded.sdpo.learning_rate == 1e-5
+    assert loaded.distill_data is not None and loaded.distill_data.share == 1.0
+    assert loaded.ingest.log is not None and loaded.ingest.log.valid_from == "2025-05-01"
+    assert loaded.ingest.log.item_attributes == ["genre"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_written_out_whole_is_read_as_the_same(tmp_path: Path, path: Path) -> None:
+    """A run keeps its config that way, and `trackrec stage` reads it."""
+    loaded = config_file.load(path)
+    whole = tmp_path / "config.yaml"
+    whole.write_text(yaml.safe_dump(loaded.model_dump(mode="json", exclude_none=True)))
+    assert config_file.load(whole) == loaded
+
+
+@pytest.mark.parametrize(
+    "text", ["name: a\nsample:\n  n: 4\n  top_p: 0.5\n  n: 8\n", "name: a\n\n\nsample: {n: 4,\n  n: 8}\n"]
+)
+def test_a_key_given_twice_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"the key 'n' is given twice, first on line [34]\n.*line 5, column 3"):
+        config_file.load(path)
+    with pytest.raises(ConfigError, match=r"the key 'n' is given twice"):
+        config_file.parse_override("sample={n: 4, n: 8}")
+
+
+def test_a_key_beside_a_merged_one_is_not_given_twice(tmp_path: Path) -> None:
+    """Also where the merged mapping merges another one, and lies deeper than where it is used."""
+    path = written(tmp_path)
+    path.write_text(
+        path.read_text()
+        + """
+sft_generator: &small {batch_size: 8, epochs: 2}
+sdpo:
+  <<: *small
+  epochs: 3
+sample: {engine: &a {batch_tokens: 64}}
+score: {engine: &b {<<: *a, batch_tokens: 128}}
+generate:
+  engine: {<<: *b, dtype: float32}
+"""
+    )
+    loaded = config_file.load(path)
+    assert (loaded.sdpo.batch_size, loaded.sdpo.epochs) == (8, 3)
+    assert loaded.score.engine.batch_tokens == loaded.generate.engine.batch_tokens == 128
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "", "a: 2025-13-01\n"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
@@ -118,7 +233,7 @@ def test_settings_that_may_be_none_default_to_none() -> None:
             waiting += sections(field.annotation)
             optional = types.NoneType in typing.get_args(field.annotation)
             assert not optional or field.default is None, f"{section.__name__}.{name}"
-    assert config.SdpoSettings in seen and config.Toleration in seen
+    assert config.SdpoSettings in seen and Toleration in seen
 
 
 def test_settings_survive_kubeflows_numbers() -> None:

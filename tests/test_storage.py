@@ -80,6 +80,50 @@ def test_a_changed_file_is_found(tmp_path: Path) -> None:
         storage.verify(tmp_path / "out")
 
 
+def test_a_table_that_was_changed_is_refused(tmp_path: Path) -> None:
+    with storage.publish("score", ScoreSettings(), inputs={}, outputs={"o": tmp_path / "o"}) as job:
+        schema.write(job.outputs["o"], "predictions", [{"row_id": 1, "score": 0.5}])
+    schema.write(tmp_path / "o", "predictions", [{"row_id": 1, "score": 0.75}])
+    with pytest.raises(storage.CorruptError, match=r"predictions\.parquet is missing or differs"):
+        schema.read(tmp_path / "o", "predictions")
+
+
+def test_what_another_wrote_is_never_replaced(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.txt").write_text("mine")
+    with pytest.raises(storage.OccupiedError, match=r"own holds what no stage 'score' wrote; give a new folder"):
+        publish(own, "hello")
+    with pytest.raises(storage.OccupiedError, match=r"own holds the input raw"):
+        publish(own, "hello", raw=own / "thesis.txt")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(storage.OccupiedError):
+        publish(tmp_path / "file", "hello")
+    assert (own / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "own"]
+
+
+def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    publish(tmp_path / "link", "hello")
+    publish(tmp_path / "link", "hello again")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "data.txt").read_text() == "hello again"
+
+
+def test_other_code_does_not_go_on_with_unfinished_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, folders in (("1", 1), ("1", 1), ("2", 2)):
+        monkeypatch.setattr(storage, "code_version", lambda version=version: version)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            storage.publish("score", ScoreSettings(), inputs={}, outputs={"o": tmp_path / "o"}) as job,
+        ):
+            (job.work / "shard-0").write_text("done")
+            raise KeyboardInterrupt
+        assert len(list((tmp_path / "work").iterdir())) == folders
+
+
 def test_content_hash_is_of_the_content_alone(tmp_path: Path) -> None:
     publish(tmp_path / "a", "same")
     publish(tmp_path / "b", "same")

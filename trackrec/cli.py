@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from trackrec import fetch as fetching
 from trackrec.config import IngestSettings
-from trackrec.config_file import explain
+from trackrec.config_file import explain, parse
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -33,8 +33,8 @@ def ingest(
     given: dict[str, Any] = {"dataset": dataset, "engine": engine, "memory_limit": memory_limit}
     try:
         if log is not None:
-            given["log"] = yaml.safe_load(log.read_text(encoding="utf-8"))
-        settings = IngestSettings.model_validate(given)
+            given["log"] = parse(log.read_text(encoding="utf-8"))
+        settings = IngestSettings.model_validate(given, strict=True)
         stage.run(settings, raw=raw, interactions=out, items=out)
     except ValidationError as error:
         raise _failure(explain(error, IngestSettings)) from error

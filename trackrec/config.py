@@ -1,7 +1,7 @@
-"""Typed settings of a run: one class a stage, read from a YAML file.
+"""Typed settings of the stages, one class each; `trackrec.run_config` puts them together.
 
-The field names of `RunConfig` are the stages' names. `trackrec.config_file` reads it; an unknown key, a wrong type
-or an impossible combination is refused with the key's path and what is allowed.
+A stage reads its section from Kubeflow's parameters, where every number is a float: so a file is read strictly
+(`trackrec.config_file`), and the classes themselves are lax.
 """
 
 from datetime import UTC, date, datetime
@@ -13,12 +13,13 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
 Split = Literal["train", "valid", "test"]
 # An ISO 8601 moment, UTC where it names no zone; YAML reads one without quotes as a date.
 Moment = Annotated[str, BeforeValidator(lambda given: given.isoformat() if isinstance(given, date) else given)]
 Domain = Literal["movies", "books", "generic"]
-# A Kubernetes quantity, e.g. "500m", "8", "32Gi".
-Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[KMGT]i?)?$")]
+# A Kubernetes quantity of bytes, e.g. "32Gi" (Kubeflow takes whole numbers only).
+Memory = Annotated[str, Field(pattern=r"^[1-9][0-9]*(Ki|[MGT]i?)?$")]
 
 
 class Settings(BaseModel):
@@ -27,7 +28,7 @@ class Settings(BaseModel):
     A field that may be None defaults to None: Kubeflow's parameters carry no null, so None travels as "left out".
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -36,24 +37,26 @@ class Settings(BaseModel):
 class ImpressionLog(Settings):
     """How a company's own log maps to our columns (`dataset: impressions`); `None`: the log has no such column."""
 
-    user_id: str = "user_id"
-    item_id: str = "item_id"
-    timestamp: str = "timestamp"
+    user_id: Text = "user_id"
+    item_id: Text = "item_id"
+    timestamp: Text = "timestamp"
     timestamp_unit: Literal["s", "ms", "us", "iso8601"] = "s"
-    label: str | None = None
-    rating: str | None = None
+    label: Text | None = None
+    rating: Text | None = None
     # With no label column, a row is liked when its rating is at least this.
     liked_from: float | None = None
-    item_title: str = "title"
-    item_attributes: list[str] = []
+    item_title: Text = "title"
+    item_attributes: list[Text] = []
     # The split by time: rows before `valid_from` train, rows from `test_from` on test (ISO 8601, UTC).
     valid_from: Moment
     test_from: Moment
 
     @model_validator(mode="after")
-    def _has_a_label(self) -> Self:
+    def _has_one_label(self) -> Self:
         if self.label is None and (self.rating is None or self.liked_from is None):
             raise ValueError("give `label`, or both `rating` and `liked_from`")
+        if self.label is not None and self.liked_from is not None:
+            raise ValueError("`label` and `liked_from` both say which rows are liked; give one of them")
         return self
 
     @model_validator(mode="after")
@@ -70,7 +73,7 @@ class IngestSettings(Settings):
 
     dataset: Literal["ml-100k", "ml-1m", "amazon-book", "impressions"]
     engine: Literal["duckdb", "spark"] = "duckdb"
-    memory_limit: Quantity = "8Gi"
+    memory_limit: Memory = "8Gi"
     # The longest history a row carries (the newest items); whole ones grow with the square of a user's rows.
     max_history: Positive = 1000
     log: ImpressionLog | None = None
@@ -90,7 +93,7 @@ class ContextsSettings(Settings):
     kind: Literal["rolling", "snapshot"] = "rolling"
     snapshot_days: Positive = 1
     engine: Literal["duckdb", "spark"] = "duckdb"
-    memory_limit: Quantity = "8Gi"
+    memory_limit: Memory = "8Gi"
     # The last so many earlier items; examples with fewer than `min_history` are dropped and counted.
     history_length: Positive = 10
     min_history: Count = 0
@@ -123,10 +126,18 @@ class EngineSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # transformers: the most tokens, padding included, in one batch (a forward pass's memory follows from it).
     batch_tokens: Positive = 16384
-    # vllm
-    max_model_len: Positive | None = None
+    # vllm. No prompt fits into fewer than 64 tokens.
+    max_model_len: Annotated[int, Field(ge=64)] | None = None
     gpu_memory_utilization: Share = 0.9
     tensor_parallel_size: Positive = 1
+
+    @model_validator(mode="after")
+    def _vllm_settings_go_with_vllm(self) -> Self:
+        for name in ("max_model_len", "gpu_memory_utilization", "tensor_parallel_size"):
+            # One that equals its default may be there: a run's settings are written out whole, and read again.
+            if self.kind != "vllm" and getattr(self, name) != EngineSettings.model_fields[name].default:
+                raise ValueError(f"`{name}` is vLLM's; leave it out, or set `kind: vllm`")
+        return self
 
 
 class DecodingSettings(Settings):
@@ -159,7 +170,7 @@ class PreferencesSettings(Settings):
     """Preference sets (eq. 2)."""
 
     # A context whose rewards all lie within this of one another says nothing: dropped, and counted.
-    tolerance: Annotated[float, Field(ge=0)] = 1e-6
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 1e-6
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -211,7 +222,9 @@ class SdpoSettings(TrainingSettings):
     """Softmax-DPO of G (eq. 3-4)."""
 
     beta: Rate = 0.1
-    # The preference accuracy after training is measured on at most so many of the training's preference sets.
+    # This share of the preference sets is not trained on: the preference accuracy is measured on it.
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    # ... on at most so many of the held-out sets.
     measured_sets: Positive = 512
 
 
@@ -230,7 +243,7 @@ class RecordedTeacher(Settings):
     """RecCoTs from a file. `ml-100k` names the ones that ship with the project."""
 
     kind: Literal["recorded"] = "recorded"
-    path: str = "ml-100k"
+    path: Text = "ml-100k"
     # Fewer recordings than this that fit the train contexts is taken for a mistake.
     min_matches: Positive = 10
 
@@ -239,9 +252,9 @@ class OpenAITeacher(Settings):
     """An OpenAI-compatible endpoint. The key is read from the environment, never from a file or an argument."""
 
     kind: Literal["openai"] = "openai"
-    model: str
-    base_url: str = "https://api.openai.com/v1"
-    key_env: str = "TEACHER_API_KEY"
+    model: Text
+    base_url: Text = "https://api.openai.com/v1"
+    key_env: Text = "TEACHER_API_KEY"
     temperature: Annotated[float, Field(ge=0)] = 0.7
     max_tokens: Positive = 512
     requests_per_minute: Positive = 300
@@ -274,135 +287,3 @@ class EvaluateSettings(Settings):
     long_tail_rows: Count = 10
     calibration_bins: Positive = 10
     engine: EngineSettings = EngineSettings()
-
-
-class LoopSettings(Settings):
-    """Algorithm 2."""
-
-    # T; 0 stops after distillation and its evaluation.
-    iterations: Count = 3
-    distillation: bool = True
-    # Where V starts in each iteration: the paper says the previous one, the authors' scripts start from the base.
-    validator_init: Literal["previous", "base"] = "previous"
-    # Figure 1's controls (no RecCoT: zero-shot and tuned) and RecCoTs shuffled between users.
-    controls: bool = True
-
-
-# --- where it runs ----------------------------------------------------------------------------------------------------
-
-
-class Accelerator(Settings):
-    type: str = "nvidia.com/gpu"
-    count: Positive = 1
-
-
-class Toleration(Settings):
-    key: str
-    operator: Literal["Exists", "Equal"] = "Exists"
-    value: str | None = None
-    # None tolerates every effect.
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-
-    @model_validator(mode="after")
-    def _value_goes_with_equal(self) -> Self:
-        if (self.operator == "Equal") != (self.value is not None):
-            raise ValueError("`value` goes with `operator: Equal`, and only with it")
-        return self
-
-
-class SecretKey(Settings):
-    """One key of a Kubernetes secret, given to the container as an environment variable."""
-
-    secret: str
-    key: str
-    env: str
-
-
-class Resources(Settings):
-    """What one stage's pod asks for; on one machine only `retries` and `cache` count."""
-
-    cpu: Quantity = "2"
-    memory: Quantity = "8Gi"
-    # Scratch space at /tmp, on the node's own disk.
-    ephemeral_storage: Quantity = "20Gi"
-    accelerator: Accelerator | None = None
-    node_selector: dict[str, str] = {}
-    tolerations: list[Toleration] = []
-    # Size of /dev/shm (memory-backed), for NCCL and data loaders.
-    shm: Quantity | None = None
-    # A PersistentVolumeClaim for checkpoints and finished shards, so that a retried pod resumes.
-    work_claim: str | None = None
-    secrets: list[SecretKey] = []
-    retries: Count = 2
-    cache: bool = True
-
-
-class StageResources(Settings):
-    """Resources by stage; a stage left out gets the defaults of `Resources`."""
-
-    ingest: Resources = Resources()
-    contexts: Resources = Resources()
-    distill_data: Resources = Resources()
-    sft_generator: Resources = Resources()
-    sample: Resources = Resources()
-    score: Resources = Resources()
-    preferences: Resources = Resources()
-    sdpo: Resources = Resources()
-    generate: Resources = Resources()
-    rec_tune: Resources = Resources()
-    evaluate: Resources = Resources()
-    compare: Resources = Resources()
-
-
-class RunConfig(Settings):
-    """A whole run: `pipelines/configs/*.yaml`."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=60)]
-    seed: Count = 0
-    # A local path or a bucket's URI; `package:NAME` is fetched by package name into the local cache first.
-    raw_data: str
-    base_model: str
-    # Where the images lie; a stage's image is REGISTRY/IMAGE:STAGE-HASH.
-    registry: str = "trackrec"
-    loop: LoopSettings = LoopSettings()
-    ingest: IngestSettings
-    contexts: ContextsSettings
-    distill_data: DistillDataSettings | None = None
-    sft_generator: SftSettings = SftSettings()
-    sample: SampleSettings = SampleSettings()
-    score: ScoreSettings = ScoreSettings()
-    preferences: PreferencesSettings = PreferencesSettings()
-    sdpo: SdpoSettings = SdpoSettings()
-    generate: DecodingSettings = DecodingSettings()
-    rec_tune: RecTuneSettings = RecTuneSettings()
-    evaluate: EvaluateSettings = EvaluateSettings()
-    resources: StageResources = StageResources()
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.loop.distillation and self.distill_data is None:
-            raise ValueError(
-                "`loop.distillation: true` needs `distill_data`; give it, or set `loop.distillation: false`"
-            )
-        for stage in ("sample", "score", "generate", "evaluate"):
-            engine: EngineSettings = getattr(self, stage).engine
-            accelerator: Accelerator | None = getattr(self.resources, stage).accelerator
-            gpus = accelerator.count if accelerator else 0
-            if engine.tensor_parallel_size > max(gpus, 1):
-                raise ValueError(
-                    f"`{stage}.engine.tensor_parallel_size` is {engine.tensor_parallel_size}, but "
-                    f"`resources.{stage}.accelerator.count` gives {gpus} GPUs"
-                )
-        for stage in ("sft_generator", "sdpo", "rec_tune"):
-            training: TrainingSettings = getattr(self, stage)
-            accelerator = getattr(self.resources, stage).accelerator
-            if training.deepspeed and accelerator is None:
-                raise ValueError(f"`{stage}.deepspeed` needs `resources.{stage}.accelerator`")
-            if accelerator and training.batch_size % (training.micro_batch_size * accelerator.count):
-                raise ValueError(
-                    f"`{stage}.batch_size` ({training.batch_size}) must be a multiple of `{stage}.micro_batch_size` "
-                    f"({training.micro_batch_size}) × `resources.{stage}.accelerator.count` ({accelerator.count})"
-                )
-        if self.loop.distillation and self.sdpo.lora is not None and self.sdpo.lora != self.sft_generator.lora:
-            raise ValueError("`sdpo.lora` goes on with the adapter of `sft_generator`; give both the same `lora`")
-        return self

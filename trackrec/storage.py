@@ -7,6 +7,7 @@ shards, training checkpoints) lies in a work directory named by what the stage c
 
 import contextlib
 import datetime as dt
+import functools
 import hashlib
 import json
 import os
@@ -34,6 +35,10 @@ class NotPublishedError(FileNotFoundError):
 
 class CorruptError(ValueError):
     """A published file that no longer has the checksum its manifest gives."""
+
+
+class OccupiedError(FileExistsError):
+    """An output's place holds what the same stage did not write; it is never overwritten."""
 
 
 class Manifest(BaseModel):
@@ -72,27 +77,34 @@ def publish(
 
     Args:
         inputs: directories or files by name; their content hashes go into the manifest and name the work directory.
-        outputs: where each output goes; several may share one directory. What lies there before is replaced.
+        outputs: where each output goes; several may share one directory. What the same stage published there before is
+            replaced.
         seed: anything besides settings and inputs that changes the result (seed, iteration).
+
+    Raises:
+        OccupiedError: something else lies where an output goes, or an input lies inside it.
     """
     started = time.monotonic()
+    targets = {name: Path(path).resolve() for name, path in outputs.items()}
+    for target in set(targets.values()):
+        _refuse_occupied(target, stage, inputs)
     hashes = {name: content_hash(path) for name, path in inputs.items()}
-    fingerprint = _sha256(json.dumps([stage, settings.model_dump(mode="json"), hashes, str(seed)]).encode())[:16]
-    work = work_root() / f"{stage}-{fingerprint}"
+    # Another code's unfinished work is none of ours: shards and checkpoints of both would make one output.
+    what = [stage, settings.model_dump(mode="json"), hashes, str(seed), code_version()]
+    work = work_root() / f"{stage}-{_sha256(json.dumps(what).encode())[:16]}"
     staging: dict[Path, Path] = {}
-    for target in outputs.values():
-        target = Path(target)
+    for target in targets.values():
         if target not in staging:
             target.parent.mkdir(parents=True, exist_ok=True)
             staging[target] = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    job = Publication({name: staging[Path(target)] for name, target in outputs.items()}, work)
+    job = Publication({name: staging[target] for name, target in targets.items()}, work)
     work.mkdir(parents=True, exist_ok=True)
     try:
         yield job
         for folder in staging.values():
             manifest = Manifest(
                 stage=stage,
-                code=trackrec.__version__,
+                code=code_version(),
                 settings=settings.model_dump(mode="json"),
                 inputs=hashes,
                 seconds=round(time.monotonic() - started, 3),
@@ -105,12 +117,35 @@ def publish(
         for target, folder in staging.items():
             folder.chmod(0o755)
             if target.exists():
-                shutil.rmtree(target) if target.is_dir() else target.unlink()
+                shutil.rmtree(target)
             folder.replace(target)
         shutil.rmtree(work, ignore_errors=True)
     finally:
         for folder in staging.values():
             shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds something to go on with, or is gone already
+            work.rmdir()
+
+
+def _refuse_occupied(target: Path, stage: str, inputs: Mapping[str, Path]) -> None:
+    for name, path in inputs.items():
+        if Path(path).resolve().is_relative_to(target):
+            raise OccupiedError(f"{target} holds the input {name} ({path}); write to another folder")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / MANIFEST).is_file() or read_manifest(target).stage != stage:
+        raise OccupiedError(f"{target} holds what no stage {stage!r} wrote; give a new folder, or an empty one")
+
+
+@functools.cache
+def code_version() -> str:
+    """The release, and a hash of the library's sources as they lie here."""
+    digest = hashlib.sha256()
+    package = Path(trackrec.__file__).parent
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(f"{path.relative_to(package)}\n{file_hash(path)}\n".encode())
+    return f"{trackrec.__version__}+{digest.hexdigest()[:12]}"
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -153,15 +188,17 @@ def content_hash(path: Path) -> str:
     return _sha256(json.dumps(sorted(files.items())).encode())
 
 
-def verify(directory: Path) -> None:
-    """Checks every file against its checksum.
+def verify(directory: Path, *names: str) -> None:
+    """Checks the files `names` of a published directory, all without any, against their checksums.
 
     Raises:
+        NotPublishedError: the directory has no manifest.
         CorruptError: names the first file that is missing or differs.
     """
-    for name, expected in read_manifest(directory).files.items():
+    files = read_manifest(directory).files
+    for name in names or files:
         path = Path(directory) / name
-        if not path.is_file() or file_hash(path) != expected:
+        if not path.is_file() or file_hash(path) != files.get(name):
             raise CorruptError(f"{path} is missing or differs from its checksum; run the stage that writes it again")
 
 

@@ -9,6 +9,8 @@ from components import images
 @dsl.component(base_image=images.released("generate"), install_kfp_package=False)
 def generate(
     settings: dict,
+    splits: list,
+    examples: Input[Dataset],
     contexts: Input[Dataset],
     base_model: Input[Model],
     generator: Input[Model],
@@ -18,6 +20,8 @@ def generate(
 
     Args:
         settings: `trackrec.config.DecodingSettings`.
+        splits: Whose examples' contexts get a RecCoT.
+        examples: Table `examples`.
         contexts: Table `contexts`.
         base_model: The base model.
         generator: G.
@@ -30,6 +34,8 @@ def generate(
 
     stage.run(
         config.DecodingSettings.model_validate(settings),
+        splits=splits,
+        examples=Path(examples.path),
         contexts=Path(contexts.path),
         base_model=Path(base_model.path),
         generator=Path(generator.path),

@@ -18,6 +18,8 @@ def test_the_reward_is_no_softmax_of_probabilities() -> None:
     assert reward(*normalised, label=1) != pytest.approx(math.exp(0.6) / (math.exp(0.6) + math.exp(0.2)), abs=0.1)
     with pytest.raises(ValueError, match=r"p_yes = 0\.6 and p_no = 0\.2 are not normalised"):
         reward(p_yes, p_no, label=1)
+    with pytest.raises(ValueError, match="not normalised"):
+        reward(math.nan, math.nan, label=1)
 
 
 def test_a_tiny_probability_is_kept() -> None:

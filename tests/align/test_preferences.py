@@ -97,3 +97,8 @@ def test_contexts_are_apart_and_in_order() -> None:
 def test_tables_that_do_not_belong_together_are_refused(scored: list[dict]) -> None:
     with pytest.raises(ValueError, match="do not belong together"):
         build(recots("a", "b", "c"), scored, 0)
+
+
+def test_a_reward_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="a reward of context k is no number"):
+        build(recots("a", "b", context="k"), rewards([0.1], [float("nan")], context="k"), 0)

@@ -1,10 +1,12 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from trackrec.align import training
-from trackrec.align.sdpo_trainer import PreferenceSet, encode
+from trackrec.align.sdpo_trainer import PreferenceSet, encode, hold_out
+from trackrec.config import SdpoSettings
 from trackrec.llm.chat import encode_chat
 
 SET = PreferenceSet(
@@ -35,3 +37,22 @@ def test_what_is_too_long_is_refused_with_its_context(tokenizer: PreTrainedToken
     assert encode(tokenizer, [SET], max_length=longest) == [row]
     with pytest.raises(training.TooLongError, match=f"context c7 has {longest} tokens.*max_length"):
         encode(tokenizer, [SET], max_length=longest - 1)
+
+
+def test_sets_are_held_out_by_their_contexts() -> None:
+    sets = [replace(SET, context_id=f"c{number}") for number in range(40)]
+    trained, held = hold_out(sets, SdpoSettings(holdout=0.25))
+    assert (len(trained), len(held)) == (30, 10)
+    assert sorted(trained + held, key=sets.index) == sets
+    # The same contexts whatever the order.
+    _, again = hold_out(sets[::-1], SdpoSettings(holdout=0.25))
+    assert again == held[::-1]
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "held"),
+    [(1, {}, 0), (2, {}, 1), (40, {"holdout": 0}, 0), (40, {"holdout": 0.5, "measured_sets": 3}, 3)],
+)
+def test_how_many_sets_are_held_out(count: int, settings: dict[str, Any], held: int) -> None:
+    sets = [replace(SET, context_id=f"c{number}") for number in range(count)]
+    assert [len(part) for part in hold_out(sets, SdpoSettings(**settings))] == [count - held, held]

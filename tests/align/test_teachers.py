@@ -12,13 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from trackrec.align.teachers import choose, endpoint, recorded
+from trackrec.align.teachers import choose, endpoint
 from trackrec.config import OpenAITeacher
-from trackrec.journal import Journal, JournalBusyError
+from trackrec.journal import JournalBusyError
 
 KEY = "sk-secret-0123456789"
 PROMPTS = {f"c{i}": f"history {i}" for i in range(6)}
@@ -401,19 +399,6 @@ def test_a_killed_process_resumes_and_its_open_requests_stay_charged(journal: Pa
     assert KEY.encode() not in output + journal.read_bytes()
 
 
-def test_journal_keeps_records_and_cuts_an_unfinished_line(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "j.jsonl"
-    with Journal(path) as journal:
-        journal.append({"text": "line one\nline two \u2028 \x85 é"})
-    with path.open("ab") as file:
-        file.write(b'{"text": "ha')
-    with Journal(path) as journal:
-        assert journal.records == [{"text": "line one\nline two \u2028 \x85 é"}]
-        journal.append({"text": "next"})
-    with Journal(path) as journal:
-        assert [record["text"][:4] for record in journal.records] == ["line", "next"]
-
-
 def test_contexts_are_drawn_by_hash() -> None:
     ids = [f"c{i}" for i in range(200)]
     drawn = choose(ids, 50, 1)
@@ -421,42 +406,3 @@ def test_contexts_are_drawn_by_hash() -> None:
     assert drawn == choose(ids, 60, 1)[:50]  # a larger share asks the same ones and more
     assert set(choose(ids, 50, 2)) != set(drawn)
     assert choose(ids[:3], 50, 1) and len(choose(ids[:3], 50, 1)) == 3
-
-
-def test_recordings_from_jsonl_and_parquet(tmp_path: Path) -> None:
-    rows = [{"context_id": "a", "text": " likes\u2028films "}, {"context_id": "b", "text": "x", "user_id": "7"}]
-    jsonl, parquet = tmp_path / "r.jsonl", tmp_path / "r.parquet"
-    jsonl.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    pq.write_table(pa.Table.from_pylist(rows), parquet)
-    assert recorded.read(jsonl) == recorded.read(parquet) == {"a": "likes\u2028films", "b": "x"}
-    assert recorded.locate(str(jsonl)) == jsonl
-    assert recorded.locate("ml-100k").name == "ml-100k.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"context_id": "a", "text": "x"}\nnonsense\n', "line 2 is no JSON"),
-        ("[]\n", "line 1 is no JSON object"),
-        ('{"context_id": "a"}\n', "row 1 must have"),
-        ('{"context_id": "a", "text": "  "}\n', "row 1 must have"),
-        ('{"context_id": "a", "text": "x"}\n{"context_id": "a", "text": "y"}\n', "row 2: context a is recorded before"),
-    ],
-)
-def test_faulty_recordings_are_refused_with_their_place(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "r.jsonl"
-    path.write_text(content)
-    with pytest.raises(recorded.RecordingError, match=message) as caught:
-        recorded.read(path)
-    assert str(path) in str(caught.value)
-
-
-def test_recordings_that_are_not_there_or_no_text(tmp_path: Path) -> None:
-    with pytest.raises(recorded.RecordingError, match="no such file"):
-        recorded.locate(str(tmp_path / "none.jsonl"))
-    (tmp_path / "r.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(recorded.RecordingError, match="not UTF-8"):
-        recorded.read(tmp_path / "r.jsonl")
-    (tmp_path / "r.parquet").write_bytes(b"PAR0")
-    with pytest.raises(recorded.RecordingError, match="no Parquet file"):
-        recorded.read(tmp_path / "r.parquet")

@@ -142,7 +142,7 @@ def test_the_loss_is_the_mean_over_the_examples_of_a_step_however_they_are_cut(t
     trainer.add_callback(_Follow(seen))
     facts = training.train(trainer, tokens=7)
 
-    order = _order(seed=3)
+    order = _order(seed=3, folder=tmp_path)
     w, losses, weights = 0.0, [], []
     for epoch in order:
         for step in (epoch[:4], epoch[4:]):
@@ -155,11 +155,11 @@ def test_the_loss_is_the_mean_over_the_examples_of_a_step_however_they_are_cut(t
     assert (facts["examples"], facts["steps"], facts["trained_parameters"]) == (7, 4, 1)
 
 
-def _order(seed: int) -> list[list[float]]:
+def _order(seed: int, folder: Path) -> list[list[float]]:
     """The examples' order in two epochs, as the Trainer draws it from the seed, whatever the micro-batch."""
     orders: list[list[float]] = []
     rows = [{"labels": torch.tensor(float(x))} for x in (1, 2, 3, 4, 5, 6, 7)]
-    args = TrainingArguments("unused", seed=seed, per_device_train_batch_size=7, report_to="none", use_cpu=True)
+    args = TrainingArguments(str(folder), seed=seed, per_device_train_batch_size=7, report_to="none", use_cpu=True)
     args.remove_unused_columns = False
     loader = Trainer(model=_Square(), args=args, train_dataset=rows).get_train_dataloader()
     for epoch in range(2):

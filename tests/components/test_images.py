@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from components import build, images, stages
-from trackrec.config import RunConfig, StageResources
+from trackrec.run_config import RunConfig, StageResources
 
 ROOT = Path(__file__).parents[2]
 

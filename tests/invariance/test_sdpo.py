@@ -53,6 +53,7 @@ def settings(**changes: Any) -> SdpoSettings:
         "lora": LORA,
         "checkpoint_steps": 2,
         "dtype": "float32",
+        "holdout": 0.17,  # two of ten sets, or of twelve
     }
     return SdpoSettings.model_validate(base | changes)
 
@@ -63,7 +64,7 @@ def weights(directory: Path) -> dict[str, Tensor]:
 
 
 def trained(settings: SdpoSettings, model: Path, root: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    facts = align(settings, preference_sets(10), model, model, root / "out", root / "work", seed=3)
+    facts = align(settings, preference_sets(12), model, model, root / "out", root / "work", seed=3)
     return weights(root / "out"), facts
 
 
@@ -71,8 +72,8 @@ def same_trajectory(
     facts: dict[str, Any], found: dict[str, Tensor], expected_facts: dict[str, Any], expected: dict[str, Tensor]
 ) -> None:
     """Equal but for the order of sums, which Adam enlarges where a gradient is near zero."""
-    losses = expected_facts["loss"]
-    assert losses[-1] < losses[0] - 0.1, "nothing was learnt: equal losses would show nothing"
+    # Losses of steps over other sets cannot be compared; every margin starts at 0.
+    assert expected_facts["reward_margins"][-1] > 0.05, "nothing was learnt: equal losses would show nothing"
     for name in ("loss", "reward_margins", "preference_accuracies", "reward_margin", "preference_accuracy"):
         assert facts[name] == pytest.approx(expected_facts[name], abs=1e-4), name
     for name, weight in expected.items():
@@ -81,7 +82,7 @@ def same_trajectory(
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 def test_micro_batch_1_times_4_is_4_times_1(lora: LoraSettings | None, tiny_model: Path, tmp_path: Path) -> None:
-    """Ten sets in steps of 4, 4 and 2: the last step of an epoch is smaller, and its loss is a mean over two."""
+    """Ten sets to train on in steps of 4, 4 and 2: an epoch's last step is smaller, and its loss is a mean over two."""
     one, one_facts = trained(settings(lora=lora, micro_batch_size=1), tiny_model, tmp_path / "one")
     four, four_facts = trained(settings(lora=lora, micro_batch_size=4), tiny_model, tmp_path / "four")
     assert one_facts["steps"] == 6 and len(one_facts["loss"]) == 6
@@ -132,7 +133,7 @@ def test_a_reference_cut_off_is_taken_up(tiny_model: Path, tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         trained(settings(), tiny_model, tmp_path / "killed")
     again, _ = trained(settings(), tiny_model, tmp_path / "killed")
-    assert seen[:4] == [range(0, 4), range(4, 8), range(4, 8), range(8, 10)]
+    assert seen[:4] == [range(0, 4), range(4, 8), range(4, 8), range(8, 12)]
     for name, weight in expected.items():
         assert torch.equal(again[name], weight), name
 
@@ -145,7 +146,7 @@ def test_two_processes_are_one(tiny_model: Path, tmp_path: Path, monkeypatch: py
         # As many processes does `launch` start.
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=processes: count)
         out, work = tmp_path / f"out{processes}", tmp_path / f"work{processes}"
-        sets = preference_sets(8)
+        sets = preference_sets(10)
         arguments = (settings(), sets, tiny_model, tiny_model, out, work, 3)
         runs.append((training.launch(settings(), align, *arguments), weights(out)))
     (one_facts, one), (two_facts, two) = runs
@@ -167,17 +168,24 @@ def dying_align(*arguments: Any) -> dict[str, Any]:
     return align(*arguments)
 
 
-@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"deepspeed": "zero2"}, {"deepspeed": "zero3", "lora": None, "gradient_checkpointing": True}],
+    ids=["zero2-lora", "zero3-full"],
+)
 def test_resumed_is_uninterrupted_under_deepspeed(
-    zero: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes with a part of the optimiser's state (and of the weights) each, killed after a checkpoint."""
+    """Two processes with a part of the optimiser's state (and of the weights) each, killed after a checkpoint.
+
+    ZeRO-3 on all weights with gradient checkpointing is how the paper's settings train; one process must match it too.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # as many processes does `launch` start
-    chosen = settings(deepspeed=zero)
+    chosen = settings(**changes)
 
     def launched(body: Any, root: Path) -> dict[str, Any]:
-        arguments = (chosen, preference_sets(8), tiny_model, tiny_model, root / "out", root / "work", 3)
+        arguments = (chosen, preference_sets(10), tiny_model, tiny_model, root / "out", root / "work", 3)
         return training.launch(chosen, body, *arguments)
 
     facts = launched(align, tmp_path / "whole")
@@ -188,6 +196,18 @@ def test_resumed_is_uninterrupted_under_deepspeed(
     assert (facts["resumed_from_step"], again_facts["resumed_from_step"], facts["steps"]) == (0, 2, 4)
     expected, again = weights(tmp_path / "whole" / "out"), weights(tmp_path / "killed" / "out")
     same_trajectory(again_facts, again, facts, expected)
+
+    alone = settings(**changes | {"deepspeed": None})
+    (tmp_path / "alone").mkdir()
+    arguments = (
+        preference_sets(10),
+        tiny_model,
+        tiny_model,
+        tmp_path / "alone" / "out",
+        tmp_path / "alone" / "work",
+        3,
+    )
+    same_trajectory(facts, expected, align(alone, *arguments), weights(tmp_path / "alone" / "out"))
 
 
 def plain_logprobs(model: Any, row: Row, pad_id: int) -> Tensor:

@@ -172,22 +172,29 @@ def test_a_training_killed_outright_resumes_to_the_same_weights(
 
 
 @pytest.mark.parametrize(
-    ("deepspeed", "lora"),
-    [(None, None), ("zero2", LoraSettings(r=4)), ("zero3", LoraSettings(r=4))],
-    ids=["ddp-full", "zero2-lora", "zero3-lora"],
+    ("stage", "changes"),
+    [
+        (_rec_tune, {}),
+        (_rec_tune, {"deepspeed": "zero2", "lora": LoraSettings(r=4)}),
+        (_rec_tune, {"deepspeed": "zero3", "lora": LoraSettings(r=4)}),
+        # How the paper's settings train.
+        (_rec_tune, {"deepspeed": "zero3", "gradient_checkpointing": True}),
+        (_sft, {"deepspeed": "zero3", "gradient_checkpointing": True}),
+    ],
+    ids=["ddp-full", "zero2-lora", "zero3-lora", "zero3-full", "sft-zero3-full"],
 )
 def test_two_processes_train_as_one(
-    deepspeed: str | None,
-    lora: LoraSettings | None,
+    stage: Callable[..., None],
+    changes: dict[str, Any],
     tables: Mapping[str, Path],
     tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _rec_tune(tables, tiny_model, tmp_path / "one", lora=lora)
+    stage(tables, tiny_model, tmp_path / "one", lora=changes.get("lora"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # as many processes does the stage start
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    _rec_tune(tables, tiny_model, tmp_path / "two", lora=lora, deepspeed=deepspeed)
+    stage(tables, tiny_model, tmp_path / "two", **changes)
     facts = storage.read_manifest(tmp_path / "two").facts
     assert facts["processes"] == 2
     assert facts["trained_parameters"] == storage.read_manifest(tmp_path / "one").facts["trained_parameters"]

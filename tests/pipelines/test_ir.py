@@ -56,8 +56,17 @@ def test_controls(ml_1m: Compiled) -> None:
     """Figure 1's (no RecCoT, zero-shot and tuned), and RecCoTs shuffled between users on the last V and G."""
     zero_shot, tuned = "evaluate (no RecCoT, zero-shot)", "evaluate (no RecCoT, tuned)"
     assert ml_1m.source(zero_shot, "validator") == "base model/artifact"
-    assert ml_1m.source(tuned, "validator") == "rec_tune (no RecCoT)/tuned"
-    for title in (zero_shot, tuned, "rec_tune (no RecCoT)"):
+    # Tuned as V is: as often, on the same draws.
+    validator = "base model/artifact"
+    for t in (1, 2, 3):
+        control = f"rec_tune {t} (no RecCoT)"
+        assert ml_1m.source(control, "validator") == validator
+        for name in ("iteration", "seed", "settings"):
+            assert ml_1m.parameter(control, name) == ml_1m.parameter(f"rec_tune {t}", name)
+        assert "recots" not in ml_1m.tasks[control]["inputs"]["artifacts"]
+        validator = f"{control}/tuned"
+    assert ml_1m.source(tuned, "validator") == validator
+    for title in (zero_shot, tuned):
         assert "recots" not in ml_1m.tasks[title]["inputs"]["artifacts"]
     shuffled = "evaluate (RecCoTs shuffled between users)"
     assert ml_1m.source(shuffled, "validator") == "rec_tune 3/tuned"
@@ -77,9 +86,15 @@ def test_the_report_grows_by_every_evaluation(ml_1m: Compiled) -> None:
     assert evaluations == {f"{title}/metrics" for title in ml_1m.tasks if title.startswith("evaluate")}
 
 
+def test_only_texts_that_are_read_are_written(ml_1m: Compiled) -> None:
+    splits = [ml_1m.parameter(f"generate {t}", "splits") for t in range(4)]
+    assert splits == [["test"], ["test", "train"], ["test", "train"], ["train", "valid", "test"]]
+
+
 @pytest.mark.parametrize(
     ("override", "check"),
     [
+        ("loop.validator_init=base", ("rec_tune 3 (no RecCoT)", "validator", "base model/artifact")),
         ("loop.validator_init=base", ("rec_tune 3", "validator", "base model/artifact")),
         ("loop.distillation=false", ("sample 1", "generator", "base model/artifact")),
     ],

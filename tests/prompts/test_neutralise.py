@@ -20,6 +20,8 @@ from trackrec.prompts.neutralise import MAX_TITLE_CHARACTERS, neutralise_recot, 
         ("＜summary＞ ﹤/s>", "‹summary＞ ‹/s>"),
         # A tag that appears once a character inside it is dropped.
         ("<\u200b|im_\u200bend|>", "‹|im_end|>"),
+        # Or one that a space or a mark without a glyph keeps from looking like one to a pattern alone.
+        ("< /summary> <\u034f/summary> <\ufe0f/summary>", "‹ /summary> ‹/summary> ‹/summary>"),
         ("I <3 you, 1 < 2", "I <3 you, 1 < 2"),
         ("می\u200cخواهم 👩\u200d🚀 Amélie", "می\u200cخواهم 👩\u200d🚀 Amélie"),
     ],
@@ -43,7 +45,7 @@ def test_a_recot_keeps_its_lines() -> None:
 def test_whatever_comes_in_nothing_that_acts_goes_out(text: str) -> None:
     for neutralise in (neutralise_title, neutralise_recot):
         safe = neutralise(text)
-        assert not re.search(r"[<＜﹤][\u200c\u200d]*([^\W\d]|[/|｜!?])", safe)
+        assert not re.search(r"[<＜﹤][\s\u200c\u200d\u034f\ufe0f]*([^\W\d]|[/|｜!?])", safe)
         assert all(unicodedata.category(c)[0] != "C" or c in "\n\u200c\u200d" for c in safe)
         assert neutralise(safe) == safe
     assert len(neutralise_title(text)) <= MAX_TITLE_CHARACTERS

@@ -21,6 +21,18 @@ def contexts(directory: Path, train: int = 4) -> Path:
     return publish(directory, contexts=[context(f"c{k}", k, split) for k, split in enumerate(splits)])
 
 
+def examples(directory: Path, train: int = 4) -> Path:
+    """One example a context of `contexts`, of its split, and a test example in c0, a train context."""
+    splits = ["train"] * train + ["valid", "test"]
+    rows = [example(k, f"c{k}", split) for k, split in enumerate(splits)]
+    return publish(directory, examples=[*rows, example(train + 2, "c0", "test")])
+
+
+def example(row_id: int, context_id: str, split: str) -> dict[str, Any]:
+    shown = {"row_id": row_id, "split": split, "context_id": context_id, "user_id": context_id, "item_id": "i"}
+    return shown | {"title": TITLES[0], "label": 1, "user_train_rows": 1, "item_train_rows": 1, "item_mean": None}
+
+
 def context(name: str, number: int, split: str) -> dict[str, Any]:
     history = [
         {"title": TITLES[(number + k) % 4], "rating": float(1 + k), "label": k % 2} for k in range(1 + number % 3)

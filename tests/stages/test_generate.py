@@ -1,11 +1,11 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.stages.decoding_inputs import Killed, contexts, watched
-from tests.tables import publish
+from tests.stages.decoding_inputs import Killed, contexts, examples, watched
 from trackrec import storage
 from trackrec.config import DecodingSettings
 from trackrec.data import schema
@@ -14,6 +14,7 @@ from trackrec.prompts.render import cot_prompt
 from trackrec.stages import decoding, generate
 
 SETTINGS = DecodingSettings(max_tokens=6)
+ALL = ("train", "valid", "test")
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +22,21 @@ def _work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(storage.WORK_ENV, str(tmp_path / "work"))
 
 
+def write(folder: Path, model: Path, splits: Sequence[str]) -> None:
+    generate.run(
+        SETTINGS,
+        splits=splits,
+        examples=examples(folder / "examples"),
+        contexts=contexts(folder / "contexts"),
+        base_model=model,
+        generator=model,
+        recots=folder / "recots",
+    )
+
+
 def test_every_split_is_decoded_greedily(tiny_model: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     given = contexts(tmp_path / "contexts")
-    generate.run(SETTINGS, contexts=given, base_model=tiny_model, generator=tiny_model, recots=tmp_path / "recots")
+    write(tmp_path, tiny_model, ALL)
     rows = schema.rows(tmp_path / "recots", "recots")
     assert [(row["context_id"], row["sample"]) for row in rows] == [(f"c{k}", 0) for k in range(6)]
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -39,19 +52,24 @@ def test_every_split_is_decoded_greedily(tiny_model: Path, tokenizer: PreTrained
 def test_a_killed_stage_decodes_only_what_is_left(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, out = contexts(tmp_path / "contexts"), tmp_path / "recots"
+    out = tmp_path / "recots"
     asked: list[int] = []
     monkeypatch.setattr(decoding, "open_engine", watched(4, asked))
     with pytest.raises(Killed):
-        generate.run(SETTINGS, contexts=given, base_model=tiny_model, generator=tiny_model, recots=out)
+        write(tmp_path, tiny_model, ALL)
     assert not out.exists()
     monkeypatch.setattr(decoding, "open_engine", watched(None, asked))
-    generate.run(SETTINGS, contexts=given, base_model=tiny_model, generator=tiny_model, recots=out)
+    write(tmp_path, tiny_model, ALL)
     assert asked == [6, 2]
     assert [row["context_id"] for row in schema.rows(out, "recots")] == [f"c{k}" for k in range(6)]
 
 
+def test_only_what_the_splits_use_is_decoded(tiny_model: Path, tmp_path: Path) -> None:
+    """A test example may be judged in a context that a train one has used first."""
+    write(tmp_path, tiny_model, ["test"])
+    assert [row["context_id"] for row in schema.rows(tmp_path / "recots", "recots")] == ["c0", "c5"]
+
+
 def test_no_context_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
-    given = publish(tmp_path / "contexts", contexts=[])
-    with pytest.raises(ValueError, match="has no context"):
-        generate.run(SETTINGS, contexts=given, base_model=tiny_model, generator=tiny_model, recots=tmp_path / "recots")
+    with pytest.raises(ValueError, match="no example in the splits later"):
+        write(tmp_path, tiny_model, ["later"])

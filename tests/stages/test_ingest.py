@@ -2,46 +2,37 @@ import gzip
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from tests.data.ingesting import refused, run
 from tests.data.raw_files import (
     ML_1M_ITEMS,
     ML_1M_ROWS,
     read_rows,
     same_rows,
     write_amazon,
-    write_csv,
     write_ml_1m,
     write_ml_100k,
 )
 from trackrec import storage
 from trackrec.cli import app
-from trackrec.config import ImpressionLog, IngestSettings
-from trackrec.data import schema
-from trackrec.data.raw import RawDataError
+from trackrec.data import movielens, schema
 from trackrec.fetch import fetch
-from trackrec.stages import ingest
 
 DECEMBER = 1512086400  # 2017-12-01 UTC
-LOG = ImpressionLog(label="clicked", rating="stars", valid_from="2024-01-02", test_from="2024-01-03T00:00:00+00:00")
-DAY_1, DAY_2, DAY_3 = 1704067200, 1704153600, 1704240000  # 2024-01-01 … 03 UTC
-LOG_HEADER = ["user_id", "item_id", "timestamp", "clicked", "stars", "title"]
-LOG_ROWS = [
-    ["u2", "b", DAY_1 + 5, 1, 4.5, "Old name"],
-    ["u10", "a", DAY_2 - 1, 0, "", ""],
-    ["u2", "b", DAY_2, 0, 1, "New name"],
-    ["u2", "a", DAY_3, 1, "", ""],
-]
+# Somewhere in the months of MovieLens-100k.
+MOMENT = 880_000_000
 
 
-def run(out: Path, raw: Path, dataset: str = "ml-1m", **settings: Any) -> Path:
-    ingest.run(IngestSettings.model_validate({"dataset": dataset, **settings}), raw=raw, interactions=out, items=out)
-    return out
+def made_up_ml_100k(folder: Path, ratings: list[tuple[int, int, int, int]], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small MovieLens-100k that passes for the complete one."""
+    users, rated = {row[0] for row in ratings}, {row[1] for row in ratings}
+    counts = {"ratings": len(ratings), "users": len(users), "rated items": len(rated), "items": 3}
+    monkeypatch.setattr(movielens, "ML_100K_COUNTS", counts)
+    return write_ml_100k(folder, ratings)
 
 
 @pytest.mark.parametrize("form", ["folder", "zip"])
@@ -105,11 +96,13 @@ def test_ml_100k_is_complete_and_cut_80_10_10(tmp_path: Path) -> None:
     assert titles["1"] == "Toy Story (1995)"
 
 
-def test_ml_100k_cuts_by_time_then_line_and_breaks_a_users_ties_by_split(tmp_path: Path) -> None:
-    # In time, lines 2-8 come first (7 rows), then the three of moment 50 in file order: train, valid, test.
-    ratings = [(1, 1, 4, 10), *((1, item, 3, 20 + item) for item in range(2, 8))]
-    ratings += [(2, 267, 4, 50), (2, 1412, 3, 50), (2, 1, 5, 50)]
-    out = run(tmp_path / "out", write_ml_100k(tmp_path / "raw", ratings), "ml-100k")
+def test_ml_100k_cuts_by_time_then_line_and_breaks_a_users_ties_by_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In time, lines 2-8 come first (7 rows), then the last three, of one moment, in file order: train, valid, test.
+    ratings = [(1, item, 3, MOMENT + item) for item in range(1, 8)]
+    ratings += [(2, item, 4, MOMENT + 50) for item in (267, 1412, 1)]
+    out = run(tmp_path / "out", made_up_ml_100k(tmp_path / "raw", ratings, monkeypatch), "ml-100k")
     rows = [row[:3] for row in read_rows(out)]
     assert rows[-3:] == [("train", "2", "267"), ("valid", "2", "1412"), ("test", "2", "1")]
     titles = {row["item_id"]: row["title"] for row in schema.rows(out, "items")}
@@ -164,92 +157,7 @@ def test_amazon_book_recipe(tmp_path: Path) -> None:
     assert items[3] == {"item_id": "i03", "title": "Book 3", "attributes": ["Books", "Fiction"]}
 
 
-def impressions(out: Path, raw: Path, log: ImpressionLog = LOG, **settings: Any) -> Path:
-    return run(out, raw, "impressions", log=log.model_dump(), **settings)
-
-
-@pytest.mark.parametrize("form", ["csv", "parquet", "parts", "file"])
-def test_impression_log(tmp_path: Path, form: str) -> None:
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    table = pa.table(
-        {
-            "user_id": ["u2", "u10", "u2", "u2"],
-            "item_id": ["b", "a", "b", "a"],
-            "timestamp": [row[2] for row in LOG_ROWS],
-            "clicked": pa.array([True, False, False, True]),
-            "stars": pa.array([4.5, None, 1, None], pa.float32()),
-            "title": ["Old name", None, "New name", None],
-        }
-    )
-    if form == "csv":
-        write_csv(raw / "log.csv", LOG_HEADER, LOG_ROWS)
-    elif form == "parts":
-        (raw / "log").mkdir()
-        pq.write_table(table.slice(0, 2), raw / "log" / "0.parquet")
-        pq.write_table(table.slice(2), raw / "log" / "1.parquet")
-    else:
-        pq.write_table(table, raw / "log.parquet")
-    out = impressions(tmp_path / "out", raw / "log.parquet" if form == "file" else raw)
-    assert read_rows(out) == [
-        ("train", "u10", "a", 0, None, DAY_2 - 1, []),
-        ("train", "u2", "b", 1, 4.5, DAY_1 + 5, []),
-        ("valid", "u2", "b", 0, 1.0, DAY_2, [("b", 4.5, 1)]),
-        ("test", "u2", "a", 1, None, DAY_3, [("b", 4.5, 1), ("b", 1.0, 0)]),
-    ]
-    # The newest title counts; an item without one goes by its id.
-    assert [(row["item_id"], row["title"]) for row in schema.rows(out, "items")] == [("a", "a"), ("b", "New name")]
-
-
-def test_impression_log_with_an_items_file_and_a_rating_threshold(tmp_path: Path) -> None:
-    raw = tmp_path / "raw"
-    moments = ["2024-01-01T01:00:00+01:00", "2024-01-02T00:00:00Z", "2024-01-03 00:00:00"]
-    rows = [["u", item, moment, stars] for item, moment, stars in zip("abc", moments, [3.5, 3, 4], strict=True)]
-    write_csv(raw / "log.csv", ["who", "what", "when", "stars"], rows)
-    write_csv(
-        raw / "items.csv",
-        ["what", "name", "genre", "year"],
-        [["a", "Alpha, the first", "x", "1999"], ["b", "Beta", "", "2000"]],
-    )
-    log = ImpressionLog(
-        user_id="who",
-        item_id="what",
-        timestamp="when",
-        timestamp_unit="iso8601",
-        rating="stars",
-        liked_from=3.5,
-        item_title="name",
-        item_attributes=["genre", "year"],
-        valid_from="2024-01-02",
-        test_from="2024-01-03",
-    )
-    out = impressions(tmp_path / "out", raw, log)
-    found = [(row[0], row[2], row[3], row[5]) for row in read_rows(out)]
-    assert found == [("train", "a", 1, DAY_1), ("valid", "b", 0, DAY_2), ("test", "c", 1, DAY_3)]
-    assert schema.rows(out, "items") == [
-        {"item_id": "a", "title": "Alpha, the first", "attributes": ["x", "1999"]},
-        {"item_id": "b", "title": "Beta", "attributes": ["2000"]},
-        {"item_id": "c", "title": "c", "attributes": []},
-    ]
-
-
-@pytest.mark.parametrize(("unit", "factor"), [("s", 1), ("ms", 1_000), ("us", 1_000_000)])
-def test_timestamp_units(tmp_path: Path, unit: str, factor: int) -> None:
-    rows = [["u", "a", DAY_1 * factor + (factor - 1), 1, "", ""]]
-    write_csv(tmp_path / "raw" / "log.csv", LOG_HEADER, rows)
-    log = ImpressionLog.model_validate(LOG.model_dump() | {"timestamp_unit": unit})
-    assert read_rows(impressions(tmp_path / "out", tmp_path / "raw", log))[0][5] == DAY_1
-
-
 # --- broken input -----------------------------------------------------------------------------------------------------
-
-
-def refused(tmp_path: Path, match: str, dataset: str, raw: Path, **settings: Any) -> None:
-    """The error names file and line, and nothing appears where the output would be."""
-    target = tmp_path / "published" / "out"
-    with pytest.raises(RawDataError, match=match):
-        run(target, raw, dataset, **settings)
-    assert list(target.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -262,7 +170,13 @@ def refused(tmp_path: Path, match: str, dataset: str, raw: Path, **settings: Any
         (b"3::4::nan::1000000000\n", r"ratings\.dat:11: "),
         (b"3::::4::1000000000\n", r"ratings\.dat:11: "),
         (b"\n3::4::4::1000000000\n", r"ratings\.dat:11: blank line"),
-        (b"3::4::4::10\n3::4", r"ratings\.dat:12: "),
+        (b"3::4::4::1000000000\n3::4::5\n", r"ratings\.dat:12: .*Columns"),
+        # The publisher's last line, less its last bytes: still a row, but in 1973.
+        (b"3::4::4::1000000000\n3::4::4::100000000", r"ratings\.dat:12: cut off.*download it again"),
+        (b"3::4::4::100000000\n", r"ratings\.dat:11: .*a time outside 1995 - 2100: \[3, 4, 4\.0, 100000000\]"),
+        (b"3::4::4::1000000000000\n", r"ratings\.dat:11: .*a time outside"),
+        (b"3::4::0::1000000000\n", r"ratings\.dat:11: .*a rating outside 0\.5 - 5"),
+        (b"3::4::10::1000000000\n", r"ratings\.dat:11: .*a rating outside"),
     ],
 )
 def test_broken_ratings_line_is_named(tmp_path: Path, line: bytes, match: str) -> None:
@@ -279,6 +193,7 @@ def test_broken_ratings_line_is_named(tmp_path: Path, line: bytes, match: str) -
         ("50::Amélie::Comedy\n".encode(), r"movies\.dat:4: UTF-8"),
         ("50::Alien::Horror\n".encode("utf-16-le"), r"movies\.dat:4: control characters"),
         (b"\n", r"movies\.dat:4: blank line"),
+        (b"50::Alien (1979)::Horr", r"movies\.dat:4: cut off.*download it again"),
     ],
 )
 def test_broken_movies_line_is_named(tmp_path: Path, line: bytes, match: str) -> None:
@@ -291,15 +206,30 @@ def test_broken_movies_line_is_named(tmp_path: Path, line: bytes, match: str) ->
 def test_empty_missing_and_wrong_files_are_named(tmp_path: Path) -> None:
     raw = write_ml_1m(tmp_path / "raw")
     (raw / "ratings.dat").write_bytes(b"")
-    refused(tmp_path, r"ratings\.dat: no ratings", "ml-1m", raw)
+    refused(tmp_path, r"ratings\.dat:1: no ratings", "ml-1m", raw)
     (raw / "ratings.dat").unlink()
     refused(tmp_path, r"expected a folder with ratings\.dat; found movies\.dat", "ml-1m", raw)
-    (raw / "ratings.dat").write_text("1::1::5::1\n")
+    (raw / "ratings.dat").write_text("1::1::5::960000000\n")
     refused(tmp_path, "no row falls in the train split", "ml-1m", raw)
-    wrong = write_ml_100k(tmp_path / "ml-100k", [(1, 1, 4, 10)])
+    wrong = write_ml_100k(tmp_path / "ml-100k", [(1, 1, 4, MOMENT)])
     text = (wrong / "ml-100k.inter").read_text().replace("rating:float", "stars:float")
     (wrong / "ml-100k.inter").write_text(text)
     refused(tmp_path, r"ml-100k\.inter:1: expected the header", "ml-100k", wrong)
+
+
+def test_incomplete_ml_100k_is_refused(tmp_path: Path) -> None:
+    raw = Path(shutil.copytree(fetch("ml-100k"), tmp_path / "raw"))
+    for name, match in (
+        ("ml-100k.inter", r"ratings, users, rated items, items are \(99999, .*expected \(100000, 943, 1682, 1682\)"),
+        ("ml-100k.item", r"ratings, users, rated items, items are .*, 1681\), expected"),
+    ):
+        whole = (raw / name).read_bytes()
+        lines = whole.splitlines(keepends=True)
+        (raw / name).write_bytes(whole[:-1])
+        refused(tmp_path, rf"{name}:{len(lines)}: cut off", "ml-100k", raw)
+        (raw / name).write_bytes(b"".join(lines[:-1]))
+        refused(tmp_path, rf"raw: not the complete MovieLens-100k: {match}.*; fetch it again", "ml-100k", raw)
+        (raw / name).write_bytes(whole)
 
 
 def test_truncated_and_damaged_zip(tmp_path: Path) -> None:
@@ -317,7 +247,7 @@ def test_truncated_and_damaged_zip(tmp_path: Path) -> None:
     other = tmp_path / "other.zip"
     with zipfile.ZipFile(other, "w") as archive:
         archive.writestr("x.txt", "x")
-    refused(tmp_path, r"other\.zip: .*ml-1m/movies\.dat", "ml-1m", other)
+    refused(tmp_path, r"other\.zip: There is no item named 'ml-1m/movies\.dat'", "ml-1m", other)
 
 
 def test_broken_amazon_files_are_named(tmp_path: Path) -> None:
@@ -335,6 +265,10 @@ def test_broken_amazon_files_are_named(tmp_path: Path) -> None:
         (with_line_7(b'{"reviewerID": "u\n'), r"Books_5\.json\.gz:7: not JSON"),
         (with_line_7(lines[6].replace(b"u00", b"\xff")), r"Books_5\.json\.gz:7: "),
         (with_line_7(lines[6].replace(b'"overall": 4.0', b'"overall": "four"')), r"Books_5\.json\.gz:7: .*four"),
+        (
+            with_line_7(lines[6].replace(b'"overall": 4.0', b'"overall": 1e300')),
+            r"Books_5\.json\.gz:7: .*rating BETWEEN",
+        ),
         (with_line_7(lines[6].replace(b'"asin"', b'"isbn"')), r"Books_5\.json\.gz:7: lacks a value"),
         (with_line_7(b"[1, 2]\n"), r"Books_5\.json\.gz:7: "),
     ]
@@ -353,60 +287,21 @@ def test_malformed_json_is_named_deep_in_a_large_file(tmp_path: Path) -> None:
     refused(tmp_path, r"Books_5\.json\.gz:100001: not JSON", "amazon-book", raw)
 
 
-@pytest.mark.parametrize(
-    ("row", "match"),
-    [
-        (["u", "a", DAY_1, 2, 1, ""], r"log\.csv:6: .*label"),
-        (["u", "a", DAY_1, "", 1, ""], r"log\.csv:6: .*label"),
-        (["u", "a", "yesterday", 1, 1, ""], r"log\.csv:6: .*time"),
-        (["", "a", DAY_1, 1, 1, ""], r"log\.csv:6: .*user"),
-        (["u", "a", DAY_1, 1, "good", ""], r"log\.csv:6: .*rating"),
-        (["u", "a", DAY_1, 1, "nan", ""], r"log\.csv:6: .*rating"),
-        (["u", "a", DAY_1, 1], r"log\.csv:6: .*Columns"),
-        (["u", "a", DAY_1, 1, 1, "", "more"], r"log\.csv:6: .*Columns"),
-    ],
-)
-def test_broken_impression_is_named(tmp_path: Path, row: list[Any], match: str) -> None:
-    write_csv(tmp_path / "raw" / "log.csv", LOG_HEADER, [*LOG_ROWS, row])
-    refused(tmp_path, match, "impressions", tmp_path / "raw", log=LOG.model_dump())
-
-
-def test_broken_impression_files_are_named(tmp_path: Path) -> None:
-    raw, settings = tmp_path / "raw", {"log": LOG.model_dump()}
-    raw.mkdir()
-    refused(tmp_path, r"expected log\.parquet, log\.csv", "impressions", raw, **settings)
-    write_csv(raw / "log.csv", ["user_id", "item_id", "timestamp"], [["u", "i", "1"]])
-    refused(tmp_path, r"log\.csv:1: no column 'clicked', 'stars'; it has", "impressions", raw, **settings)
-    with (raw / "log.csv").open("wb") as file:
-        file.write(",".join(LOG_HEADER).encode() + b"\nu,a,1704067200,1,1,x\nu,a,1704067200,1,1,\xff\xfe\n")
-    refused(tmp_path, r"log\.csv:3: ", "impressions", raw, **settings)
-    (raw / "log.csv").unlink()
-    write_csv(tmp_path / "log.csv", LOG_HEADER, LOG_ROWS)
-    pq.write_table(pa.table({"a": list(range(1000))}), raw / "log.parquet")
-    (raw / "log.parquet").write_bytes((raw / "log.parquet").read_bytes()[:-20])
-    refused(tmp_path, r"log\.parquet: not a whole Parquet file", "impressions", raw, **settings)
-
-
 # --- two engines, and the command line --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataset", ["ml-1m", "ml-100k", "amazon-book", "impressions"])
-def test_spark_gives_identical_rows(tmp_path: Path, spark: None, dataset: str) -> None:
+@pytest.mark.parametrize("dataset", ["ml-1m", "ml-100k", "amazon-book"])
+def test_spark_gives_identical_rows(tmp_path: Path, spark: None, monkeypatch: pytest.MonkeyPatch, dataset: str) -> None:
     raw = tmp_path / "raw"
-    settings: dict[str, Any] = {}
     if dataset == "ml-1m":
         write_ml_1m(raw)
     elif dataset == "ml-100k":
-        write_ml_100k(
-            raw, [(user, item, 1 + item % 5, 10 + user * item % 7) for user in (9, 10) for item in range(1, 30)]
-        )
-    elif dataset == "amazon-book":
-        amazon_raw(raw)
+        ratings = [(user, item, 1 + item % 5, MOMENT + user * item % 7) for user in (9, 10) for item in range(1, 30)]
+        made_up_ml_100k(raw, ratings, monkeypatch)
     else:
-        write_csv(raw / "log.csv", LOG_HEADER, LOG_ROWS)
-        settings = {"log": LOG.model_dump()}
-    here = run(tmp_path / "duckdb", raw, dataset, **settings)
-    there = run(tmp_path / "spark", raw, dataset, engine="spark", **settings)
+        amazon_raw(raw)
+    here = run(tmp_path / "duckdb", raw, dataset)
+    there = run(tmp_path / "spark", raw, dataset, engine="spark")
     for table in ("interactions", "items"):
         assert same_rows(here, there, table), table
 
@@ -423,6 +318,22 @@ def test_equal_runs_write_equal_bytes(tmp_path: Path) -> None:
     assert first == second
 
 
+def test_paths_may_hold_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / 'it\'s [a] "folder"; *'
+    monkeypatch.setenv(storage.WORK_ENV, str(odd / "work"))
+    assert read_rows(run(odd / "out", write_ml_1m(odd / "ml-1m"))) == ML_1M_ROWS
+    assert len(read_rows(run(odd / "books", amazon_raw(odd / "amazon"), "amazon-book"))) == 441
+
+
+def test_progress_names_the_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "out", write_ml_1m(tmp_path / "raw"))
+    shown = capsys.readouterr().err
+    assert all(
+        f"{number}/3" in shown and name in shown for number, name in enumerate(("reading", "interactions", "items"))
+    )
+    assert "3/3" in shown
+
+
 def test_command_line(tmp_path: Path) -> None:
     raw, out = write_ml_1m(tmp_path / "raw"), tmp_path / "out"
     done = CliRunner().invoke(app, ["ingest", "--dataset", "ml-1m", "--raw", str(raw), "--out", str(out)])
@@ -436,13 +347,3 @@ def test_command_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["ingest", "--dataset", "ml-2m", "--raw", str(out), "--out", str(tmp_path / "no")])
     assert done.exit_code == 1
     assert "dataset: Input should be 'ml-100k', 'ml-1m', 'amazon-book' or 'impressions'" in done.output
-
-
-def test_command_line_reads_a_logs_mapping(tmp_path: Path) -> None:
-    write_csv(tmp_path / "raw" / "log.csv", LOG_HEADER, LOG_ROWS)
-    mapping = tmp_path / "log.yaml"
-    mapping.write_text("label: clicked\nrating: stars\nvalid_from: 2024-01-02\ntest_from: 2024-01-03\n")
-    command = ["ingest", "--dataset", "impressions", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, [*command, "--log", str(mapping)])
-    assert done.exit_code == 0, done.output
-    assert len(read_rows(tmp_path / "out")) == 4

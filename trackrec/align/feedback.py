@@ -9,8 +9,8 @@ def reward(p_yes: float, p_no: float, label: int) -> float:
         label: `y_i`, 1 for Yes and 0 for No.
 
     Raises:
-        ValueError: the probabilities do not sum to 1: they are not normalised.
+        ValueError: the probabilities do not sum to 1: they are not normalised, or no numbers.
     """
-    if abs(p_yes + p_no - 1) > 1e-6:
+    if not abs(p_yes + p_no - 1) <= 1e-6:  # so written, NaN fails too
         raise ValueError(f"p_yes = {p_yes} and p_no = {p_no} are not normalised over Yes and No")
     return p_yes if label else p_no

@@ -1,5 +1,6 @@
 """Preference sets from rewards (paper eq. 2): the best-rewarded RecCoT of a context against all its others."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ def build(
         tolerance: a context whose highest and lowest reward differ by no more says nothing and is dropped.
 
     Raises:
-        ValueError: a sample is scored on other examples than its siblings, or the two tables hold different samples.
+        ValueError: a sample is scored on other examples than its siblings, the two tables hold different samples, or
+            a reward is no number.
     """
     texts: dict[str, dict[int, str]] = defaultdict(dict)
     finished: dict[str, dict[int, bool]] = defaultdict(dict)
@@ -58,6 +60,8 @@ def build(
         if len({frozenset(examples) for examples in by_sample.values()}) > 1:
             raise ValueError(_mismatch(context_id, "its samples are scored on different examples"))
         mean = {sample: fmean(examples.values()) for sample, examples in by_sample.items()}
+        if not all(map(math.isfinite, mean.values())):
+            raise ValueError(f"a reward of context {context_id} is no number; score its RecCoTs again")
         if max(mean.values()) - min(mean.values()) <= tolerance:
             tally.dropped_equal += 1
             continue

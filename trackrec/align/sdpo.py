@@ -20,7 +20,7 @@ class SoftmaxDPOLoss(nn.Module):
         self.beta = beta
 
     def forward(self, policy: Tensor, reference: Tensor, present: Tensor | None = None) -> Tensor:
-        """One loss an example, [B]; it and its gradient are finite at any finite log-probabilities.
+        """One loss an example, [B]; it and its gradient are finite at any gap that float32 can hold.
 
         Args:
             policy: log π_θ of each RecCoT, [B, N]; column 0 is the chosen one.

@@ -5,7 +5,6 @@ no second copy of the weights is held. A prompt is encoded once for its N RecCoT
 """
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
-from trackrec import storage
+from trackrec import seeds, storage
 from trackrec.align import training
 from trackrec.align.sdpo import SoftmaxDPOLoss, implicit_rewards, preference_accuracy, reward_margin
 from trackrec.config import SdpoSettings
@@ -79,6 +78,7 @@ class SdpoTrainer(training.MeanLossTrainer):
 
     Args:
         model: G; as it is now, it is the reference.
+        rows: the first `trained` of them are trained on; the others can be measured.
         work: survives a kill; the reference's log-probabilities are saved here, so that a resumed training does not
             take its half-trained weights for the reference.
     """
@@ -89,6 +89,7 @@ class SdpoTrainer(training.MeanLossTrainer):
         args: TrainingArguments,
         rows: Sequence[Row],
         *,
+        trained: int,
         beta: float,
         pad_id: int,
         work: Path,
@@ -98,7 +99,7 @@ class SdpoTrainer(training.MeanLossTrainer):
             model=model,
             args=args,
             data_collator=self.collate,
-            train_dataset=range(len(rows)),  # type: ignore[arg-type]  # a sequence is a map-style dataset
+            train_dataset=range(trained),  # type: ignore[arg-type]  # a sequence is a map-style dataset
             callbacks=[_OnTrainBegin(self.load_reference)],
         )
         self.rows = rows
@@ -217,6 +218,17 @@ class _OnTrainBegin(TrainerCallback):
         self.action()
 
 
+def hold_out(sets: Sequence[PreferenceSet], settings: SdpoSettings) -> tuple[list[PreferenceSet], list[PreferenceSet]]:
+    """The sets to train on, and those to measure on: one at least of two or more, unless `settings.holdout` is 0.
+
+    Drawn by a hash of the context alone, so that a context tends to stay on its side in every iteration.
+    """
+    count = min(max(round(settings.holdout * len(sets)), int(len(sets) > 1)), settings.measured_sets)
+    drawn = sorted(sets, key=lambda one: seeds.derive("holdout", one.context_id))[: count if settings.holdout else 0]
+    held = {one.context_id for one in drawn}
+    return [one for one in sets if one.context_id not in held], [one for one in sets if one.context_id in held]
+
+
 def align(
     settings: SdpoSettings,
     sets: Sequence[PreferenceSet],
@@ -228,8 +240,8 @@ def align(
 ) -> dict[str, Any]:
     """Trains G on from `generator`, which may be the base model itself; returns the training's facts.
 
-    Beside every training's facts: `reward_margins` and `preference_accuracies`, one for each loss, and after the last
-    step `reward_margin` and `preference_accuracy` on `measured` of the training's own sets.
+    Beside every training's facts: `reward_margins` and `preference_accuracies`, one for each loss, on the sets trained
+    on; and, where sets are held out, `held_out` of them with the final `reward_margin` and `preference_accuracy`.
 
     Args:
         out: where the aligned G goes. work: survives a kill; holds checkpoints and the reference's log-probabilities.
@@ -240,24 +252,26 @@ def align(
     if not sets:
         raise training.EmptyTrainingError("no preference set to train on; look at what `preferences` dropped")
     tokenizer = load_tokenizer(base_model)
-    rows = encode(tokenizer, sets, settings.max_length)
+    trained, held_out = hold_out(sets, settings)
+    rows = encode(tokenizer, [*trained, *held_out], settings.max_length)
     args = TrainingArguments(**training.arguments(settings, work, seed))
     trainer = SdpoTrainer(
         training.load_trainable(settings, base_model, generator, seed),
         args,
         rows,
+        trained=len(trained),
         beta=settings.beta,
         pad_id=tokenizer.pad_token_id,
         work=work,
     )
-    facts = training.train(trainer, tokens=sum(row.tokens for row in rows))
-    measured = random.Random(seed).sample(range(len(rows)), min(len(rows), settings.measured_sets))
+    facts = training.train(trainer, tokens=sum(row.tokens for row in rows[: len(trained)]))
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     facts |= {
         "reward_margins": [round(entry["reward_margin"], 6) for entry in logged],
         "preference_accuracies": [round(entry["preference_accuracy"], 6) for entry in logged],
-        "measured": len(measured),
-        **trainer.measure(measured),
+        "held_out": len(held_out),
     }
+    if held_out:
+        facts |= trainer.measure(range(len(trained), len(rows)))
     training.save(trainer, tokenizer, base_model, out)
     return facts

@@ -31,6 +31,6 @@ def stage_amazon_book(database: duckdb.DuckDBPyConnection, source: Path, out: Pa
         _REVIEWS,
         "SELECT line, reviewerID AS user_id, asin AS item_id, overall AS rating, unixReviewTime AS timestamp "
         "FROM {source}",
-        "user_id IS NOT NULL AND item_id IS NOT NULL AND isfinite(rating) AND timestamp IS NOT NULL",
+        "user_id IS NOT NULL AND item_id IS NOT NULL AND rating BETWEEN 0 AND 5 AND timestamp IS NOT NULL",
         out / "ratings.parquet",
     )

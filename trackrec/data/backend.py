@@ -99,10 +99,9 @@ def read(connection: BaseBackend, directory: Path, table: str) -> Table:
     """A published table as an expression, its schema checked first.
 
     Raises:
-        NotPublishedError: the directory has no manifest, so it may be half written.
-        SchemaError: the file's columns are not the table's.
+        NotPublishedError, CorruptError, SchemaError: as `schema.read`.
     """
-    storage.read_manifest(directory)
     path = schema.path_of(directory, table)
+    storage.verify(directory, path.name)
     schema.check(pq.read_schema(path), table, str(path))
     return connection.read_parquet(path).select(*schema.TABLES[table].names)

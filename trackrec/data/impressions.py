@@ -6,7 +6,11 @@
 or `raw` is the log's file itself. Parquet is read by the engine where it lies, so a log may outgrow one machine.
 """
 
+import contextlib
 import csv
+import glob
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
@@ -14,7 +18,8 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.backends import BaseBackend
-from ibis.expr.types import BooleanValue, Column, Table, Value
+from ibis.expr.types import BooleanValue, Column, IntegerValue, Table, Value
+from ibis.formats.pyarrow import PyArrowType
 
 from trackrec.config import ImpressionLog
 from trackrec.data import raw as raw_files
@@ -23,9 +28,13 @@ from trackrec.data.recipe import at_least, part_by_time, seconds
 
 # A log in many files has no line order: ties break by what the rows say.
 TIES = ("part", "item_id", "rating", "label")
-# Where a row of a CSV file comes from, beside the log's own columns.
-_LINE = "__line"
+# Which record of a CSV file a row is, beside the log's own columns.
+_RECORD = "__record"
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
+# Seconds from 1970 on: what lies beyond, or before, is another unit or no time at all.
+_YEAR_10000 = 253_402_300_800
+# Ratings are kept as 32-bit floats.
+_LARGEST_RATING = 3.4e38
 
 
 def tables(connection: BaseBackend, raw: Path, log: ImpressionLog, scratch: Path) -> tuple[Table, Table]:
@@ -39,8 +48,9 @@ def tables(connection: BaseBackend, raw: Path, log: ImpressionLog, scratch: Path
         raise RawDataError(
             f"{raw}: expected log.parquet, log.csv, a folder log/ of Parquet files, or the log's file itself"
         )
-    table = _read(connection, path, scratch)
     needed = [log.user_id, log.item_id, log.timestamp, *(name for name in (log.label, log.rating) if name)]
+    shown = [log.item_title, *log.item_attributes]
+    table = _read(connection, path, [*needed, *shown], scratch / "log.parquet")
     _require(table, needed, path)
     rows = _rows(table, log)
     _refuse_faults(rows, path)
@@ -48,9 +58,31 @@ def tables(connection: BaseBackend, raw: Path, log: ImpressionLog, scratch: Path
     if items_path is None:
         # Of an item's titles in the log, the newest is shown.
         return rows, _items(table.mutate(line=_seconds_of(table[log.timestamp], log)), log)
-    items = _read(connection, items_path, scratch)
-    _require(items, [log.item_id, log.item_title, *log.item_attributes], items_path)
+    items = _read(connection, items_path, [log.item_id, *shown], scratch / "items.parquet")
+    _require(items, [log.item_id, *shown], items_path)
     return rows, _items(items.mutate(line=ibis.literal(0, "int64")), log)
+
+
+@contextlib.contextmanager
+def naming_damage(raw: Path) -> Iterator[None]:
+    """Tells a failure inside as what it is where one of the log's Parquet files is damaged; the engine may not name it.
+
+    Raises:
+        RawDataError: such a file cannot be read to its end.
+    """
+    try:
+        yield
+    except RawDataError:
+        raise
+    except Exception as error:  # each engine has its own
+        paths = [raw] if raw.is_file() else [_find(raw, "log"), _find(raw, "items")]
+        for file in (file for path in paths if path and path.suffix != ".csv" for file in _parquet_files(path)):
+            try:
+                for _ in pq.ParquetFile(file).iter_batches():
+                    pass
+            except (pa.ArrowException, OSError) as damage:
+                raise RawDataError(f"{file}: damaged: {' '.join(str(damage).split())}; copy it again") from error
+        raise
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -60,44 +92,88 @@ def _find(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _read(connection: BaseBackend, path: Path, scratch: Path) -> Table:
+def _read(connection: BaseBackend, path: Path, used: list[str], staged: Path) -> Table:
+    """The file or folder as a table; a CSV file goes through a Parquet file at `staged`."""
     if path.suffix == ".csv":
-        path = _stage_csv(path, scratch / f"{path.stem}.parquet")
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        _stage_csv(path, staged)
+        return connection.read_parquet(staged)
+    files = _parquet_files(path)
     if not files:
         raise RawDataError(f"{path}: no Parquet file in it")
-    for file in files:
-        try:
-            pq.read_schema(file)
-        except pa.ArrowInvalid as error:
-            raise RawDataError(f"{file}: not a whole Parquet file: {error}") from error
-    return connection.read_parquet(path / "*.parquet" if path.is_dir() else path)
+    expected = _types(files[0], used)
+    for file in files[1:]:
+        for name, kind in _types(file, used).items():
+            if kind != expected[name]:
+                raise RawDataError(f"{file}: column {name!r} is {kind}, but {expected[name]} in {files[0]}")
+    return connection.read_parquet(f"{glob.escape(str(path))}/*.parquet" if path.is_dir() else path)
 
 
-def _stage_csv(path: Path, out: Path) -> Path:
-    """Copies a CSV file into Parquet, values as text, with each record's `line` beside them, as `_LINE`."""
-    header = next(csv.reader([next(raw_files.lines(path, "utf-8"), (1, ""))[1]]), [])
-    if len(set(header)) != len(header):
+def _parquet_files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+
+
+def _types(file: Path, columns: list[str]) -> dict[str, str]:
+    """The types of a Parquet file's `columns`, as the engines tell them apart."""
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise RawDataError(f"{file}: not a whole Parquet file: {error}") from error
+    return {
+        name: str(PyArrowType.to_ibis(schema.field(name).type)) if name in schema.names else "missing"
+        for name in columns
+    }
+
+
+def _stage_csv(path: Path, out: Path) -> None:
+    """Copies a CSV file into Parquet, values as text, with the number of each `record` beside them, as `_RECORD`."""
+    first = next(raw_files.lines(path, "utf-8"), None)
+    if first is None:
+        raise RawDataError(f"{path}:1: empty; expected a header")
+    try:
+        # Spreadsheets mark UTF-8 with a byte order mark.
+        header = next(csv.reader([first[1].removeprefix("\ufeff")], strict=True))
+    except csv.Error as error:
+        raise RawDataError(f"{path}:1: no header of a CSV file: {error}") from error
+    # The engines do not tell upper from lower case.
+    if len({name.lower() for name in header}) != len(header):
         raise RawDataError(f"{path}:1: a column's name twice: {', '.join(header)}")
     # Found out, the columns would be those of a broken line as well; stated, every line is held to them.
     columns = dict.fromkeys(header, "VARCHAR")
-    query = f"""SELECT row_number() OVER () + 1 AS {_LINE}, * FROM read_csv(
+    query = f"""SELECT row_number() OVER () AS {_RECORD}, * FROM read_csv(
         ?, columns = ?, header = false, skip = 1, auto_detect = false, delim = ',', quote = '"', escape = '"',
         comment = '', nullstr = '', strict_mode = true)"""
     try:
         with duckdb.connect() as database:
-            database.execute(f"COPY ({query}) TO '{out}' (FORMAT parquet)", [str(path), columns])
+            raw_files.copy_to_parquet(database, query, [str(path), columns], out)
     except duckdb.Error as error:
-        raise RawDataError(raw_files.csv_fault(path, str(error))) from error
-    return out
+        # The parser counts rows, a blank line as one.
+        lines = _lines_of_rows(path, blank=True)
+        raise RawDataError(raw_files.csv_fault(path, str(error), lines)) from error
+
+
+def _lines_of_rows(path: Path, *, blank: bool) -> Iterator[int]:
+    """The line on which each row of a CSV file begins, the header first: quoted fields may span lines.
+
+    Args:
+        blank: whether a blank line is a row too.
+    """
+    csv.field_size_limit(1 << 30)  # a field is as long as the engine lets it be
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.reader(file, skipinitialspace=True)
+        line = 1
+        for row in reader:
+            if row or blank:
+                yield line
+            line = reader.line_num + 1
 
 
 def _require(table: Table, columns: list[str], path: Path) -> None:
-    found = [name for name in table.columns if name != _LINE]
+    found = [name for name in table.columns if name != _RECORD]
     missing = [name for name in columns if name not in found]
     if missing:
+        where = f"{path}:1" if path.suffix == ".csv" else f"{path}"
         raise RawDataError(
-            f"{path}:1: no column {', '.join(map(repr, missing))}; it has {', '.join(found)}. "
+            f"{where}: no column {', '.join(map(repr, missing))}; it has {', '.join(found)}. "
             "Map the columns in `ingest.log`."
         )
 
@@ -111,45 +187,46 @@ def _rows(table: Table, log: ImpressionLog) -> Table:
         label = column.cast("float64") if column.type().is_boolean() else column.try_cast("float64")
     else:
         label = at_least(rating, log.liked_from or 0).cast("float64")
-    broken_rating = (table[log.rating].notnull() & ~_is_number(rating)) if log.rating else ibis.literal(False)
+    broken_rating = (table[log.rating].notnull() & ~_is_rating(rating)) if log.rating else ibis.literal(False)
     ids = {"user_id": table[log.user_id].cast("string"), "item_id": table[log.item_id].cast("string")}
     missing = [timestamp.isnull(), *((value.isnull() | (value == "")) for value in ids.values())]
     fault = broken_rating | ~label.isin([0.0, 1.0]).fill_null(False)
     for condition in missing:
         fault = fault | condition
-    line = table[_LINE] if _LINE in table.columns else ibis.null("int64")
-    rows = table.select(**ids, timestamp=timestamp, rating=rating, label=label, fault=fault, line=line)
+    record = table[_RECORD] if _RECORD in table.columns else ibis.null("int64")
+    rows = table.select(**ids, timestamp=timestamp, rating=rating, label=label, fault=fault, record=record)
     return rows.mutate(part=part_by_time(rows.timestamp, seconds(log.valid_from), seconds(log.test_from)))
 
 
-def _seconds_of(column: Column, log: ImpressionLog) -> Value:
+def _seconds_of(column: Column, log: ImpressionLog) -> IntegerValue:
     """Whole seconds since 1970, UTC; null where the value cannot be read."""
     if column.type().is_timestamp():
-        return column.epoch_seconds().cast("int64")
-    if log.timestamp_unit == "iso8601":
-        return column.cast("string").try_cast("timestamp('UTC')").epoch_seconds().cast("int64")
-    number = column.try_cast("float64")
-    return (
-        _is_number(number)
-        .ifelse((number / _PER_SECOND[log.timestamp_unit]).floor(), ibis.null("float64"))
-        .cast("int64")
-    )
+        seconds = column.epoch_seconds()
+    elif log.timestamp_unit == "iso8601":
+        seconds = column.cast("string").try_cast("timestamp('UTC')").epoch_seconds()
+    else:
+        seconds = column.try_cast("float64") / _PER_SECOND[log.timestamp_unit]
+    # Before it is made an integer, as which not every number can be written.
+    known = (seconds >= 0) & (seconds < _YEAR_10000)
+    return known.ifelse(seconds, None).floor().cast("int64")
 
 
-def _is_number(value: Value) -> BooleanValue:
-    return (value.notnull() & ~value.isnan() & ~value.isinf()).fill_null(False)
+def _is_rating(value: Value) -> BooleanValue:
+    return (value.abs() <= _LARGEST_RATING).fill_null(False)
 
 
 def _refuse_faults(rows: Table, path: Path) -> None:
     faults = rows.filter(rows.fault)
-    first = faults.order_by("line").limit(1).to_pyarrow().to_pylist()
+    first = faults.order_by("record").limit(1).to_pyarrow().to_pylist()
     if first:
         count = faults.count().to_pyarrow().as_py()
-        row = {name: value for name, value in first[0].items() if name not in ("fault", "line", "part")}
-        where = f"{path}:{first[0]['line']}" if first[0]["line"] else f"{path}"
+        row = {name: value for name, value in first[0].items() if name not in ("fault", "record", "part")}
+        where = f"{path}"
+        if record := first[0]["record"]:
+            where += f":{next(itertools.islice(_lines_of_rows(path, blank=False), record, None))}"
         raise RawDataError(
-            f"{where}: a row without user, item or readable time, a label other than 0 and 1, or a rating that is no "
-            f"number: {row} ({count} such rows)"
+            f"{where}: a row without user, item or readable time (1970 - 9999), a label other than 0 and 1, or a "
+            f"rating that is no number: {row} ({count} such rows)"
         )
 
 

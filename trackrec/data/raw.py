@@ -30,6 +30,9 @@ ITEMS = pa.schema(
 )
 # A line of a text file is far shorter; a file without line ends is no text file.
 _LONGEST_LINE = 1 << 20
+# MovieLens has half stars at the finest, and opened in 1997: what lies outside is a digit too few or too many.
+_RATINGS = (0.5, 5.0)
+_TIMES = (788_918_400, 4_102_444_800)  # 1995 and 2100
 
 
 class RawDataError(ValueError):
@@ -71,7 +74,7 @@ def unzip(archive: Path, members: list[str], out: Path) -> None:
             for member in members:
                 (out / Path(member).name).write_bytes(file.read(member))
     except KeyError as error:
-        raise RawDataError(f"{archive}: no {error.args[0]}") from error
+        raise RawDataError(f"{archive}: {error.args[0]}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise RawDataError(f"{archive}: damaged or truncated: {error}; download it again") from error
 
@@ -80,10 +83,12 @@ def lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     """Number (from 1) and text of each line, without its line end.
 
     Raises:
-        RawDataError: a line is not in `encoding`, or is blank, or holds control characters.
+        RawDataError: a line has no line end, is not in `encoding`, is blank, or holds control characters.
     """
     with path.open("rb") as file:
         for number, data in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
+            if not data.endswith(b"\n"):
+                raise _cut_off(path, number)
             try:
                 text = data.decode(encoding).rstrip("\r\n")
             except UnicodeDecodeError as error:
@@ -112,13 +117,15 @@ def stage_ratings(
     """Copies a text file of (user_id, item_id, rating, timestamp) into a `ratings` Parquet file, ids as integers.
 
     Raises:
-        RawDataError: another header, a wrong field count, an empty or non-numeric field, a blank line, or no row.
+        RawDataError: another header, a wrong field count, an empty or non-numeric field, a rating or time that
+            MovieLens cannot have, a blank line, a last line without its end, or no row.
     """
     if header is not None:
         found = next(lines(path, "utf-8"), (1, ""))[1]
         if found != header:
             raise RawDataError(f"{path}:1: expected the header {header!r}, found {found!r}")
     first = 1 if header is None else 2
+    expected = _count_lines(path) - first + 1
     columns = "{user_id: 'BIGINT', item_id: 'BIGINT', rating: 'DOUBLE', timestamp: 'BIGINT'}"
     try:
         database.execute(
@@ -129,23 +136,28 @@ def stage_ratings(
             [str(path), delimiter],
         )
     except duckdb.Error as error:
-        raise RawDataError(csv_fault(path, str(error))) from error
+        raise RawDataError(csv_fault(path, str(error), itertools.count(1))) from error
     # The parser skips blank lines, and every later line number would be off.
     count = database.execute("SELECT count(*) FROM ratings").fetchall()[0][0]
-    if count != _count_lines(path) - first + 1:
+    if count != expected:
         for _ in lines(path, "latin-1"):
             pass
-        raise RawDataError(f"{path}: {count} ratings on {_count_lines(path) - first + 1} lines")
+        raise RawDataError(f"{path}: {count} ratings on {expected} lines")
     if not count:
-        raise RawDataError(f"{path}: no ratings in it")
+        raise RawDataError(f"{path}:{first}: no ratings in it")
     faults = database.execute(
-        """SELECT line FROM ratings
-        WHERE user_id IS NULL OR item_id IS NULL OR rating IS NULL OR NOT isfinite(rating) OR timestamp IS NULL
-        ORDER BY line LIMIT 1"""
+        """SELECT line, user_id, item_id, rating, timestamp FROM ratings
+        WHERE (user_id IS NOT NULL AND item_id IS NOT NULL AND rating BETWEEN ? AND ? AND timestamp BETWEEN ? AND ?)
+            IS NOT TRUE
+        ORDER BY line LIMIT 1""",
+        [*_RATINGS, *_TIMES],
     ).fetchall()
     if faults:
-        raise RawDataError(f"{path}:{faults[0][0]}: an empty field, or a rating that is no number")
-    database.execute(f"COPY ratings TO '{out}' (FORMAT parquet)")
+        line, *row = faults[0]
+        raise RawDataError(
+            f"{path}:{line}: an empty field, a rating outside 0.5 - 5, or a time outside 1995 - 2100: {row}"
+        )
+    copy_to_parquet(database, "FROM ratings", [], out)
     database.execute("DROP TABLE ratings")
 
 
@@ -175,30 +187,52 @@ def stage_json(
         f"compression = 'gzip', columns = {{{spec}}}))"
     )
     try:
-        database.execute(f"COPY ({query.format(source=source)}) TO '{out}' (FORMAT parquet)", [str(path)])
+        copy_to_parquet(database, query.format(source=source), [str(path)], out)
     except duckdb.Error as error:
         raise RawDataError(_json_fault(path, str(error))) from error
-    faults = database.execute(f"SELECT min(line), count(*) FROM '{out}' WHERE ({required}) IS NOT TRUE").fetchall()
+    faults = database.execute(
+        f"SELECT min(line), count(*) FROM read_parquet(?) WHERE ({required}) IS NOT TRUE", [str(out)]
+    ).fetchall()
     if faults[0][1]:
         raise RawDataError(
             f"{path}:{faults[0][0]}: lacks a value (and {faults[0][1] - 1} more lines); needed: {required}"
         )
 
 
+def copy_to_parquet(database: duckdb.DuckDBPyConnection, query: str, parameters: list[object], out: Path) -> None:
+    """Streams a query's rows into a Parquet file."""
+    # COPY takes no parameter for its target.
+    target = str(out).replace("'", "''")
+    database.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet)", parameters)
+
+
 def _count_lines(path: Path) -> int:
+    """
+    Raises:
+        RawDataError: the last line has no line end.
+    """
     count, last = 0, b"\n"
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             count, last = count + block.count(b"\n"), block[-1:]
-    return count + (last != b"\n")
+    if last != b"\n":
+        raise _cut_off(path, count + 1)
+    return count
 
 
-def csv_fault(path: Path, message: str) -> str:
-    """DuckDB's complaint about a text file, as `file:line: what`."""
-    line = re.search(r"Line: (\d+)", message)
+def _cut_off(path: Path, line: int) -> RawDataError:
+    return RawDataError(f"{path}:{line}: cut off: the line has no end; download it again")
+
+
+def csv_fault(path: Path, message: str, lines: Iterator[int]) -> str:
+    """DuckDB's complaint about a text file, as `file:line: what`; its row k begins on the k-th of `lines`."""
+    row = re.search(r"Line: (\d+)", message)
     # The parser's advice is about its own options; the first lines say what is wrong.
     what = message.split("Possible")[0].split("\n\n")[0].replace("\n", "; ")
-    return f"{path}:{line.group(1)}: {what}" if line else f"{path}: {what}"
+    if not row:
+        return f"{path}: {what}"
+    line = next(itertools.islice(lines, int(row.group(1)) - 1, None), row.group(1))
+    return f"{path}:{line}: {what}"
 
 
 def _json_fault(path: Path, message: str) -> str:

@@ -129,10 +129,11 @@ def read(directory: Path, table: str, columns: list[str] | None = None) -> pa.Ta
 
     Raises:
         NotPublishedError: the directory has no manifest, so it may be half written.
+        CorruptError: the file is missing, or was changed since it was published.
         SchemaError: the file's columns are not the table's.
     """
-    storage.read_manifest(directory)
     path = path_of(directory, table)
+    storage.verify(directory, path.name)
     check(pq.read_schema(path), table, str(path))
     return pq.read_table(path, columns=columns or TABLES[table].names)
 

@@ -63,14 +63,19 @@ def load_model(base_model: Path, model: Path, *, dtype: str, trainable: bool = F
 
     Raises:
         WrongBaseError: `model` is an adapter on another base.
+        CorruptError: `model` is a stage's output and differs from its checksums.
     """
     adapter = is_adapter(model)
     if adapter:
         check_base(base_model, model)
+    # A base is checked once, when it is fetched, or hashed whole where it has no manifest.
+    if model != base_model and (Path(model) / storage.MANIFEST).is_file():
+        storage.verify(model)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         base_model if adapter else model,
         dtype=torch_dtype(dtype),
         local_files_only=True,
+        use_safetensors=True,  # a pickled checkpoint could run code
         attn_implementation="sdpa",
     )
     if adapter:

@@ -12,9 +12,11 @@ MAX_TITLE_CHARACTERS = 200
 
 # Joiners that scripts and emoji need; every other format character (zero-width, bidirectional, tags) is dropped.
 _JOINERS = "\u200c\u200d"
+# Marks without a glyph, which Unicode does not count as format characters: grapheme joiner, variation selectors.
+_INVISIBLE_MARKS = re.compile("[\u034f\u180b-\u180d\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 _LINE_BREAKS = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
-# "<" and its look-alikes where something that could be a tag's name follows.
-_TAG_OPENING = re.compile(rf"[<＜﹤](?=[{_JOINERS}]*(?:[^\W\d]|[/|｜!?]))")
+# "<" and its look-alikes where something that could be a tag's name follows, be it after a space.
+_TAG_OPENING = re.compile(rf"[<＜﹤](?=[\s{_JOINERS}]*(?:[^\W\d]|[/|｜!?]))")
 
 
 def neutralise_title(title: str) -> str:
@@ -30,4 +32,4 @@ def neutralise_recot(recot: str) -> str:
 
 def _safe(text: str) -> str:
     kept = (c for c in text.replace("\t", " ") if c == "\n" or c in _JOINERS or unicodedata.category(c)[0] != "C")
-    return _TAG_OPENING.sub("‹", "".join(kept))
+    return _TAG_OPENING.sub("‹", _INVISIBLE_MARKS.sub("", "".join(kept)))

@@ -1,6 +1,6 @@
-"""Greedy RecCoTs of all contexts, for Rec-tuning and evaluation (paper 3.3, 3.4)."""
+"""Greedy RecCoTs, for Rec-tuning and evaluation (paper 3.3, 3.4)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trackrec import storage
@@ -10,17 +10,36 @@ from trackrec.llm.engine import Completion, Engine
 from trackrec.stages.decoding import write_recots
 
 
-def run(settings: DecodingSettings, *, contexts: Path, base_model: Path, generator: Path, recots: Path) -> None:
-    """Writes table `recots`: one row (sample 0) for each context of every split. Facts: see `write_recots`.
+def run(
+    settings: DecodingSettings,
+    *,
+    splits: Sequence[str],
+    examples: Path,
+    contexts: Path,
+    base_model: Path,
+    generator: Path,
+    recots: Path,
+) -> None:
+    """Writes table `recots`: one row (sample 0) for each context that an example of `splits` is judged in.
+
+    Facts: see `write_recots`.
 
     Raises:
-        ValueError: there is no context.
+        ValueError: there is no such context.
     """
-    inputs = {"contexts": contexts, "base_model": base_model, "generator": generator}
-    with storage.publish("generate", settings, inputs=inputs, outputs={"recots": recots}) as job:
-        rows = sorted(schema.rows(contexts, "contexts"), key=lambda context: context["context_id"])
+    inputs = {"examples": examples, "contexts": contexts, "base_model": base_model, "generator": generator}
+    key = " ".join(sorted(splits))
+    with storage.publish("generate", settings, inputs=inputs, outputs={"recots": recots}, seed=key) as job:
+        # A context's own split is the earliest that uses it; later ones may, too.
+        used = {
+            row["context_id"]
+            for row in schema.rows(examples, "examples", ["context_id", "split"])
+            if row["split"] in splits
+        }
+        rows = [row for row in schema.rows(contexts, "contexts") if row["context_id"] in used]
         if not rows:
-            raise ValueError(f"{contexts} has no context")
+            raise ValueError(f"{examples} has no example in the splits {key}")
+        rows.sort(key=lambda context: context["context_id"])
 
         def decode(
             engine: Engine, names: list[str], prompts: list[list[int]]

@@ -12,6 +12,7 @@ from trackrec import storage
 from trackrec.config import IngestSettings
 from trackrec.data import amazon, backend, impressions, movielens, recipe, schema
 from trackrec.data import raw as raw_files
+from trackrec.progress import track
 
 
 def run(settings: IngestSettings, *, raw: Path, interactions: Path, items: Path) -> None:
@@ -28,16 +29,26 @@ def run(settings: IngestSettings, *, raw: Path, interactions: Path, items: Path)
     with (
         storage.publish("ingest", settings, inputs={"raw": raw}, outputs=outputs) as job,
         tempfile.TemporaryDirectory(dir=job.work) as folder,
+        track(range(3), "Ingest", unit="step") as bar,
     ):
         scratch = Path(folder)
+        bar.set_postfix_str("reading")
         if settings.dataset != "impressions":
             _stage(settings, raw, scratch)
-        with backend.connect(settings.engine, settings.memory_limit, scratch) as connection:
+        with (
+            backend.connect(settings.engine, settings.memory_limit, scratch) as connection,
+            impressions.naming_damage(raw),
+        ):
             rows, titles, ties = _recipe(settings, connection, raw, scratch)
             table = recipe.interactions(rows, ties, settings.max_history)
+            bar.update()
+            bar.set_postfix_str("interactions")
             backend.write(connection, table, job.outputs["interactions"], "interactions", scratch)
             written = connection.read_parquet(schema.path_of(job.outputs["interactions"], "interactions"))
+            bar.update()
+            bar.set_postfix_str("items")
             backend.write(connection, recipe.items_of(written, titles), job.outputs["items"], "items", scratch)
+            bar.update()
             job.facts.update(_counts(written))
         if not job.facts["train"]:
             raise raw_files.RawDataError(f"{raw}: no row falls in the train split; is this the right data set?")

@@ -1,6 +1,7 @@
 """RecCoTs that a teacher wrote before, kept in a file."""
 
 import json
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -43,36 +44,37 @@ def read(path: Path) -> dict[str, str]:
     """
     rows = _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
     texts: dict[str, str] = {}
-    for number, row in enumerate(rows, start=1):
+    for where, row in rows:
         context_id, text = row.get("context_id"), row.get("text")
         if not isinstance(context_id, str) or not isinstance(text, str) or not text.strip():
-            raise RecordingError(f"{path}: row {number} must have a `context_id` and a `text` that is not empty")
+            raise RecordingError(f"{where}: must have a `context_id` and a `text` that is not empty")
         if context_id in texts:
-            raise RecordingError(
-                f"{path}: row {number}: context {context_id} is recorded before; keep one text a context"
-            )
+            raise RecordingError(f"{where}: context {context_id} is recorded before; keep one text a context")
         texts[context_id] = text.strip()
     return texts
 
 
-def _parquet(path: Path) -> list[dict[str, object]]:
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Where each row is (Parquet has no lines), and the row."""
     try:
-        return pq.read_table(path, columns=["context_id", "text"]).to_pylist()
-    except (pa.ArrowException, KeyError) as error:
+        rows = pq.read_table(path, columns=["context_id", "text"]).to_pylist()
+    except (pa.ArrowException, KeyError, OSError) as error:
         raise RecordingError(f"{path}: no Parquet file with the columns context_id and text: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}: row {number}", row
 
 
-def _jsonl(path: Path) -> list[dict[str, object]]:
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise RecordingError(f"{path}: line {number} is no JSON object")
-                rows.append(row)
-    except UnicodeDecodeError as error:
-        raise RecordingError(f"{path}: not UTF-8: {error}") from error
-    except json.JSONDecodeError as error:
-        raise RecordingError(f"{path}: line {number} is no JSON: {error}") from error
-    return rows
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Where each line is, and its object."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise RecordingError(f"{where}: not UTF-8: {error}") from error
+            except json.JSONDecodeError as error:
+                raise RecordingError(f"{where}: no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise RecordingError(f"{where}: no JSON object")
+            yield where, row

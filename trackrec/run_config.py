@@ -1,0 +1,194 @@
+"""Typed settings of a whole run: the stages' sections, the loop, and what each stage's pod asks for.
+
+The field names of `RunConfig` are the stages' names. `trackrec.config_file` reads it; an unknown key, a wrong type
+or an impossible combination is refused with the key's path and what is allowed. No stage imports this module: what is
+asked of a pod is not part of what a stage computes.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trackrec.config import (
+    ContextsSettings,
+    Count,
+    DecodingSettings,
+    DistillDataSettings,
+    Domain,
+    EngineSettings,
+    EvaluateSettings,
+    IngestSettings,
+    Memory,
+    Positive,
+    PreferencesSettings,
+    RecTuneSettings,
+    SampleSettings,
+    ScoreSettings,
+    SdpoSettings,
+    Settings,
+    SftSettings,
+    Text,
+    TrainingSettings,
+)
+
+# Of cores, e.g. "8", "0.5", "500m".
+Cores = Annotated[str, Field(pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$")]
+
+
+class LoopSettings(Settings):
+    """Algorithm 2."""
+
+    # T; 0 stops after distillation and its evaluation.
+    iterations: Count = 3
+    distillation: bool = True
+    # Where V starts in each iteration: the paper says the previous one, the authors' scripts start from the base.
+    validator_init: Literal["previous", "base"] = "previous"
+    # Figure 1's controls (no RecCoT: zero-shot and tuned) and RecCoTs shuffled between users.
+    controls: bool = True
+
+
+class Accelerator(Settings):
+    type: Text = "nvidia.com/gpu"
+    count: Positive = 1
+
+
+class Toleration(Settings):
+    key: str
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = None
+    # None tolerates every effect.
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+    @model_validator(mode="after")
+    def _value_goes_with_equal(self) -> Self:
+        if (self.operator == "Equal") != (self.value is not None):
+            raise ValueError("`value` goes with `operator: Equal`, and only with it")
+        return self
+
+
+class SecretKey(Settings):
+    """One key of a Kubernetes secret, given to the container as an environment variable."""
+
+    secret: Text
+    key: Text
+    env: Text
+
+
+class Resources(Settings):
+    """What one stage's pod asks for; on one machine only `retries` and `cache` count."""
+
+    cpu: Cores = "2"
+    memory: Memory = "8Gi"
+    # Scratch space at /tmp, on the node's own disk.
+    ephemeral_storage: Memory = "20Gi"
+    accelerator: Accelerator | None = None
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    tolerations: list[Toleration] = Field(default_factory=list)
+    # Size of /dev/shm (memory-backed), for NCCL and data loaders.
+    shm: Memory | None = None
+    # A PersistentVolumeClaim for checkpoints and finished shards, so that a retried pod resumes.
+    work_claim: Text | None = None
+    secrets: list[SecretKey] = Field(default_factory=list)
+    retries: Count = 2
+    cache: bool = True
+
+
+class StageResources(Settings):
+    """Resources by stage; a stage left out gets the defaults of `Resources`."""
+
+    ingest: Resources = Resources()
+    contexts: Resources = Resources()
+    distill_data: Resources = Resources()
+    sft_generator: Resources = Resources()
+    sample: Resources = Resources()
+    score: Resources = Resources()
+    preferences: Resources = Resources()
+    sdpo: Resources = Resources()
+    generate: Resources = Resources()
+    rec_tune: Resources = Resources()
+    evaluate: Resources = Resources()
+    compare: Resources = Resources()
+
+
+# What the prompts of a domain tell the model (trackrec/prompts/templates): a rating above this means like.
+_LIKED_ABOVE: dict[Domain, int] = {"movies": 3, "books": 4}
+# The ratings that count as liked in CoLLM's recipes: from this one on.
+_LIKED_FROM = {"ml-100k": 4, "ml-1m": 4, "amazon-book": 5}
+
+
+class RunConfig(Settings):
+    """A whole run: `pipelines/configs/*.yaml`."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=60)]
+    seed: Count = 0
+    # A local path or a bucket's URI; `package:NAME` is fetched by package name into the local cache first.
+    raw_data: Text
+    base_model: Text
+    # What lies under a bucket's URI may change, and Kubeflow's cache does not look: change this with it, since it is
+    # part of the cache key. Local runs fill in the content hash themselves.
+    raw_data_version: str = ""
+    base_model_version: str = ""
+    # Where the images lie; a stage's image is REGISTRY/IMAGE:STAGE-HASH.
+    registry: Text = "trackrec"
+    loop: LoopSettings = LoopSettings()
+    ingest: IngestSettings
+    contexts: ContextsSettings
+    distill_data: DistillDataSettings | None = None
+    sft_generator: SftSettings = SftSettings()
+    sample: SampleSettings = SampleSettings()
+    score: ScoreSettings = ScoreSettings()
+    preferences: PreferencesSettings = PreferencesSettings()
+    sdpo: SdpoSettings = SdpoSettings()
+    generate: DecodingSettings = DecodingSettings()
+    rec_tune: RecTuneSettings = RecTuneSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    resources: StageResources = StageResources()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.loop.distillation and self.distill_data is None:
+            raise ValueError(
+                "`loop.distillation: true` needs `distill_data`; give it, or set `loop.distillation: false`"
+            )
+        for stage in ("sample", "score", "generate", "evaluate"):
+            engine: EngineSettings = getattr(self, stage).engine
+            accelerator: Accelerator | None = getattr(self.resources, stage).accelerator
+            gpus = accelerator.count if accelerator else 0
+            if engine.tensor_parallel_size > max(gpus, 1):
+                raise ValueError(
+                    f"`{stage}.engine.tensor_parallel_size` is {engine.tensor_parallel_size}, but "
+                    f"`resources.{stage}.accelerator.count` gives {gpus} GPUs"
+                )
+        for stage in ("sft_generator", "sdpo", "rec_tune"):
+            training: TrainingSettings = getattr(self, stage)
+            accelerator = getattr(self.resources, stage).accelerator
+            if training.deepspeed and accelerator is None:
+                raise ValueError(f"`{stage}.deepspeed` needs `resources.{stage}.accelerator`")
+            if accelerator and training.batch_size % (training.micro_batch_size * accelerator.count):
+                raise ValueError(
+                    f"`{stage}.batch_size` ({training.batch_size}) must be a multiple of `{stage}.micro_batch_size` "
+                    f"({training.micro_batch_size}) × `resources.{stage}.accelerator.count` ({accelerator.count})"
+                )
+        if self.loop.distillation and self.sdpo.lora is not None and self.sdpo.lora != self.sft_generator.lora:
+            raise ValueError("`sdpo.lora` goes on with the adapter of `sft_generator`; give both the same `lora`")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_tell_what_is_liked(self) -> Self:
+        domain = self.contexts.domain
+        if domain == "generic":  # It shows like or dislike, whatever that follows from.
+            return self
+        log, above = self.ingest.log, _LIKED_ABOVE[domain]
+        if log is not None and log.rating is None:
+            raise ValueError(
+                f"`contexts.domain: {domain}` shows ratings, and `ingest.log.rating` names no column; name one, or set "
+                "`contexts.domain: generic`"
+            )
+        liked_from = _LIKED_FROM[self.ingest.dataset] if log is None else log.liked_from
+        # Ratings come in whole steps; a log with a label column is taken at its word.
+        if liked_from is not None and not above < liked_from <= above + 1:
+            raise ValueError(
+                f"`contexts.domain: {domain}` tells the model that a rating above {above} means like, but "
+                f"`{self.ingest.dataset}` likes from {liked_from:g} on; set `contexts.domain: generic`"
+            )
+        return self
