@@ -133,7 +133,11 @@ def _refuse_occupied(target: Path, stage: str, inputs: Mapping[str, Path]) -> No
             raise OccupiedError(f"{target} holds the input {name} ({path}); write to another folder")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not (target / MANIFEST).is_file() or read_manifest(target).stage != stage:
+    try:
+        writer = read_manifest(target).stage
+    except (NotADirectoryError, NotPublishedError, ValueError):
+        writer = None
+    if writer != stage:
         raise OccupiedError(f"{target} holds what no stage {stage!r} wrote; give a new folder, or an empty one")
 
 
