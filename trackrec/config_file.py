@@ -32,7 +32,9 @@ class _Loader(yaml.SafeLoader):
 
 
 # PyYAML asks for a dot: without this, 1e-5 is a string to it.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?e[-+]\d+$"), [*"-+0123456789"])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), [*"-+.0123456789"]
+)
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:

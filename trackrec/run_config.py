@@ -7,7 +7,7 @@ asked of a pod is not part of what a stage computes.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from trackrec.config import (
     ContextsSettings,
@@ -29,10 +29,12 @@ from trackrec.config import (
     SftSettings,
     Text,
     TrainingSettings,
+    Version,
+    unquoted,
 )
 
 # Of cores, e.g. "8", "0.5", "500m".
-Cores = Annotated[str, Field(pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$")]
+Cores = Annotated[str, BeforeValidator(unquoted), Field(pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$")]
 
 
 class LoopSettings(Settings):
@@ -126,8 +128,8 @@ class RunConfig(Settings):
     base_model: Text
     # What lies under a bucket's URI may change, and Kubeflow's cache does not look: change this with it, since it is
     # part of the cache key. Local runs fill in the content hash themselves.
-    raw_data_version: str = ""
-    base_model_version: str = ""
+    raw_data_version: Version = ""
+    base_model_version: Version = ""
     # Where the images lie; a stage's image is REGISTRY/IMAGE:STAGE-HASH.
     registry: Text = "trackrec"
     loop: LoopSettings = LoopSettings()

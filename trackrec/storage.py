@@ -115,10 +115,9 @@ def publish(
             )
             (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for target, folder in staging.items():
+            _refuse_occupied(target, stage, inputs)  # again: something may have come there since
             folder.chmod(0o755)
-            if target.exists():
-                shutil.rmtree(target)
-            folder.replace(target)
+            _swap(folder, target)
         shutil.rmtree(work, ignore_errors=True)
     finally:
         for folder in staging.values():
@@ -131,14 +130,26 @@ def _refuse_occupied(target: Path, stage: str, inputs: Mapping[str, Path]) -> No
     for name, path in inputs.items():
         if Path(path).resolve().is_relative_to(target):
             raise OccupiedError(f"{target} holds the input {name} ({path}); write to another folder")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
     try:
-        writer = read_manifest(target).stage
-    except (NotADirectoryError, NotPublishedError, ValueError):
-        writer = None
-    if writer != stage:
-        raise OccupiedError(f"{target} holds what no stage {stage!r} wrote; give a new folder, or an empty one")
+        manifest = read_manifest(target)
+        own = {MANIFEST, *manifest.files} if manifest.stage == stage else set()
+    except (OSError, ValueError):  # none, or none that can be read
+        own = set()
+    there = [target] if target.is_file() else target.rglob("*")
+    foreign = sorted(path for path in there if path.is_file() and str(path.relative_to(target)) not in own)
+    if foreign:
+        raise OccupiedError(f"{foreign[0]} is no output of stage {stage!r}; give a new folder, or an empty one")
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Puts `new` in the place of `target`, whose content goes last: a kill leaves no half of it there."""
+    if not target.exists():
+        new.replace(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    target.replace(old)
+    new.replace(target)
+    shutil.rmtree(old)
 
 
 @functools.cache
@@ -203,7 +214,7 @@ def verify(directory: Path, *names: str) -> None:
     for name in names or files:
         path = Path(directory) / name
         if not path.is_file() or file_hash(path) != files.get(name):
-            raise CorruptError(f"{path} is missing or differs from its checksum; run the stage that writes it again")
+            raise CorruptError(f"{path} is missing or differs from its checksum; delete {directory} and run again")
 
 
 def work_root() -> Path:

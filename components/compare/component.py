@@ -17,7 +17,6 @@ def compare(
     previous: Input[Dataset] = None,
     rewards: Input[Dataset] = None,
     generator: Input[Model] = None,
-    recots: Input[Dataset] = None,
 ) -> None:
     """Adds one evaluation to the run's table (Figure 5's x-axis, with the controls and the baseline beside it).
 
@@ -33,7 +32,6 @@ def compare(
         previous: The report that this row is added to.
         rewards: This iteration's table `rewards`.
         generator: This iteration's G, for its preference accuracy.
-        recots: The evaluated table `recots`, for the share cut at the token limit.
     """
     from pathlib import Path
 
@@ -47,7 +45,6 @@ def compare(
         previous=Path(previous.path) if previous else None,
         rewards=Path(rewards.path) if rewards else None,
         generator=Path(generator.path) if generator else None,
-        recots=Path(recots.path) if recots else None,
         report=Path(report.path),
     )
     Path(table.path).write_text((Path(report.path) / "report.md").read_text(encoding="utf-8"), encoding="utf-8")

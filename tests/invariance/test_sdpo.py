@@ -53,7 +53,7 @@ def settings(**changes: Any) -> SdpoSettings:
         "lora": LORA,
         "checkpoint_steps": 2,
         "dtype": "float32",
-        "holdout": 0.17,  # two of ten sets, or of twelve
+        "holdout": 0.17,  # c3 and c10
     }
     return SdpoSettings.model_validate(base | changes)
 
@@ -146,7 +146,7 @@ def test_two_processes_are_one(tiny_model: Path, tmp_path: Path, monkeypatch: py
         # As many processes does `launch` start.
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=processes: count)
         out, work = tmp_path / f"out{processes}", tmp_path / f"work{processes}"
-        sets = preference_sets(10)
+        sets = preference_sets(9)
         arguments = (settings(), sets, tiny_model, tiny_model, out, work, 3)
         runs.append((training.launch(settings(), align, *arguments), weights(out)))
     (one_facts, one), (two_facts, two) = runs
@@ -185,7 +185,7 @@ def test_resumed_is_uninterrupted_under_deepspeed(
     chosen = settings(**changes)
 
     def launched(body: Any, root: Path) -> dict[str, Any]:
-        arguments = (chosen, preference_sets(10), tiny_model, tiny_model, root / "out", root / "work", 3)
+        arguments = (chosen, preference_sets(9), tiny_model, tiny_model, root / "out", root / "work", 3)
         return training.launch(chosen, body, *arguments)
 
     facts = launched(align, tmp_path / "whole")
@@ -200,7 +200,7 @@ def test_resumed_is_uninterrupted_under_deepspeed(
     alone = settings(**changes | {"deepspeed": None})
     (tmp_path / "alone").mkdir()
     arguments = (
-        preference_sets(10),
+        preference_sets(9),
         tiny_model,
         tiny_model,
         tmp_path / "alone" / "out",

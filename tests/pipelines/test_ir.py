@@ -88,7 +88,33 @@ def test_the_report_grows_by_every_evaluation(ml_1m: Compiled) -> None:
 
 def test_only_texts_that_are_read_are_written(ml_1m: Compiled) -> None:
     splits = [ml_1m.parameter(f"generate {t}", "splits") for t in range(4)]
-    assert splits == [["test"], ["test", "train"], ["test", "train"], ["train", "valid", "test"]]
+    assert splits == [["valid", "test"]] + [["train", "valid", "test"]] * 3
+
+
+@pytest.mark.parametrize("override", ["seed=1", "loop.validator_init=base", "loop.distillation=false"])
+def test_what_is_written_is_read(tmp_path: Path, override: str) -> None:
+    """Every model and every text; V and the texts of the last iteration by its evaluation."""
+    pipeline = compiled("quickstart", tmp_path, override)
+    read = {
+        pipeline.source(title, name)
+        for title in stage_tasks(pipeline)
+        for name in pipeline.tasks[title]["inputs"].get("artifacts", {})
+    }
+    outputs = {"sft_generator": "generator", "sdpo": "aligned", "generate": "recots", "rec_tune": "tuned"}
+    written = {f"{t}/{outputs[stage_of(t)]}" for t in stage_tasks(pipeline) if stage_of(t) in outputs}
+    assert len(written) > 8 and written <= read
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [("evaluate.split=valid", {"evaluate"}), ("loop.iterations=2", set()), ("rec_tune.epochs=2", {"rec_tune"})],
+)
+def test_a_setting_changes_what_its_own_stage_is_given(tmp_path: Path, override: str, changed: set[str]) -> None:
+    before, after = (compiled("quickstart", tmp_path, given).tasks for given in ("loop.iterations=3", override))
+    of_both = [t for t in after if t in before and "T" not in t and "parameters" in after[t].get("inputs", {})]
+    different = [t for t in of_both if before[t]["inputs"]["parameters"] != after[t]["inputs"]["parameters"]]
+    # The controls' rows carry T.
+    assert {stage_of(t) for t in different if not t.startswith("compare")} == changed
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,10 @@ def test_one_stage_again(quick: tuple[Path, tuple[str, ...]]) -> None:
     done = trackrec(root, "report", "--run", newest(root).run)
     assert done.returncode == 1 and "is of one stage and has no table" in done.stderr
     done = trackrec(root, "stage", "sample 1", "--run", run.run, settings=("sdpo.beta=9",))
-    assert done.returncode == 1 and "sdpo.beta: not a setting of sample" in done.stderr
+    assert (
+        done.returncode == 1
+        and "sdpo.beta: not a setting of sample 1; allowed here: sample, resources.sample, seed" in done.stderr
+    )
 
 
 def test_which_task_is_meant(quick: tuple[Path, tuple[str, ...]]) -> None:

@@ -24,6 +24,7 @@ def evaluation(auc: float | None, *, rows: int = 40, mean_tokens: float | None =
         split="test",
         recots="own",
         mean_tokens=mean_tokens,
+        cut=None if mean_tokens is None else 0.25,
         validator={"overall": overall, "warm": overall, "cold": overall, "long_tail": tail},
         item_mean={"overall": baseline, "warm": baseline, "cold": baseline, "long_tail": tail},
     )
@@ -49,18 +50,13 @@ def two_rows(tmp_path: Path) -> Path:
         {"context_id": "c", "row_id": 1, "sample": s, "p_yes": r, "p_no": 1 - r, "reward": r}
         for s, r in enumerate([0.25, 0.5, 0.75, 0.625])
     ]
-    recots = [
-        {"context_id": f"c{i}", "sample": 0, "text": "t", "num_tokens": 5, "finish_reason": reason, "model": "m"}
-        for i, reason in enumerate(["stop", "length", "stop", "stop"])
-    ]
     return row(
         tmp_path,
         "iteration 1",
         evaluation(0.5625),
         previous=first,
         rewards=publish(tmp_path / "rewards", rewards=rewards),
-        recots=publish(tmp_path / "recots", recots=recots),
-        generator=publish(tmp_path / "generator", facts={"preference_accuracy": 0.875}),
+        generator=publish(tmp_path / "generator", facts={"preference_accuracy": 0.875, "held_out": 4}),
     )
 
 
@@ -77,7 +73,7 @@ def test_rows_grow_below_one_baseline(two_rows: Path) -> None:
     assert (iteration.auc, iteration.uauc, iteration.acc, iteration.log_loss, iteration.ece) == (
         0.5625, 0.51, 0.6, 0.68, 0.05,
     )  # fmt: skip
-    # Rewards .25, .5, .75, .625; one of four texts is cut.
+    # Rewards .25, .5, .75, .625.
     assert (iteration.mean_reward, iteration.preference_accuracy, iteration.cut) == (0.53125, 0.875, 0.25)
     assert iteration.mean_tokens == 61.25
     assert storage.numbers(two_rows)["rows"] == 3
@@ -86,7 +82,7 @@ def test_rows_grow_below_one_baseline(two_rows: Path) -> None:
 def test_markdown_csv_and_terminal_show_the_same(two_rows: Path) -> None:
     lines = (two_rows / "report.md").read_text().splitlines()
     assert lines[4] == (
-        "| iteration 1 | 1 | 0.5312 | 0.875 | 0.5625 [0.400, 0.700] | 0.5100 | 0.6000 | 0.6800 | 0.0500 | – | 61.2 "
+        "| iteration 1 | 1 | 0.5312 | 0.875 (4) | 0.5625 [0.400, 0.700] | 0.5100 | 0.6000 | 0.6800 | 0.0500 | – | 61.2 "
         "| 25% |"
     )
     assert lines[2].startswith("| item mean (baseline) | – | – | – | 0.7094 [0.650, 0.770] |")

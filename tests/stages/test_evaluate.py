@@ -63,7 +63,8 @@ def inputs(tmp_path: Path, tiny_model: Path) -> dict[str, Path]:
         for place, (u, c) in enumerate(CONTEXTS)
     ]
     recots = [
-        {"context_id": c, "sample": 0, "text": TEXTS[c], "num_tokens": 4 + place, "finish_reason": "stop", "model": "m"}
+        {"context_id": c, "sample": 0, "text": TEXTS[c], "num_tokens": 4 + place, "model": "m"}
+        | {"finish_reason": "stop" if place else "length"}
         for place, (_, c) in enumerate(CONTEXTS)
     ]
     # One of a train context, which evaluation is not to read.
@@ -130,7 +131,7 @@ def test_without_recots(tmp_path: Path, inputs: dict[str, Path], reference: Refe
     found = run(tmp_path, inputs | {"recots": None})  # type: ignore[dict-item]
     assert found == pytest.approx({row["row_id"]: reference(row, None) for row in held_out()}, abs=1e-5)
     evaluation = results.read(tmp_path / "metrics")
-    assert (evaluation.recots, evaluation.mean_tokens) == ("none", None)
+    assert (evaluation.recots, evaluation.mean_tokens, evaluation.cut) == ("none", None, None)
 
 
 def test_shuffled_texts_come_from_other_users(tmp_path: Path, inputs: dict[str, Path], reference: Reference) -> None:
@@ -156,6 +157,7 @@ def test_metrics_stand_beside_the_baseline_on_the_same_rows(tmp_path: Path, inpu
     assert (evaluation.split, evaluation.recots) == ("test", "own")
     # 4 … 9 tokens of the six texts evaluated.
     assert evaluation.mean_tokens == 6.5
+    assert evaluation.cut == pytest.approx(1 / 6)
     overall = evaluation.validator["overall"]
     rows = held_out()
     right = sum((found[row["row_id"]] >= 0.5) == row["label"] for row in rows)

@@ -218,15 +218,16 @@ class _OnTrainBegin(TrainerCallback):
         self.action()
 
 
-def hold_out(sets: Sequence[PreferenceSet], settings: SdpoSettings) -> tuple[list[PreferenceSet], list[PreferenceSet]]:
-    """The sets to train on, and those to measure on: one at least of two or more, unless `settings.holdout` is 0.
+def hold_out(sets: Sequence[PreferenceSet], share: float) -> tuple[list[PreferenceSet], list[PreferenceSet]]:
+    """The sets to train on, and about `share` of them to measure on.
 
-    Drawn by a hash of the context alone, so that a context tends to stay on its side in every iteration.
+    A hash of the context alone decides, so that a context is on the same side in every iteration.
     """
-    count = min(max(round(settings.holdout * len(sets)), int(len(sets) > 1)), settings.measured_sets)
-    drawn = sorted(sets, key=lambda one: seeds.derive("holdout", one.context_id))[: count if settings.holdout else 0]
-    held = {one.context_id for one in drawn}
-    return [one for one in sets if one.context_id not in held], [one for one in sets if one.context_id in held]
+    trained: list[PreferenceSet] = []
+    held: list[PreferenceSet] = []
+    for one in sets:
+        (held if seeds.derive("holdout", one.context_id) < share * 2**63 else trained).append(one)
+    return trained, held
 
 
 def align(
@@ -252,7 +253,12 @@ def align(
     if not sets:
         raise training.EmptyTrainingError("no preference set to train on; look at what `preferences` dropped")
     tokenizer = load_tokenizer(base_model)
-    trained, held_out = hold_out(sets, settings)
+    trained, held_out = hold_out(sets, settings.holdout)
+    if not trained:
+        raise training.EmptyTrainingError(
+            f"none of {len(sets)} preference sets is left to train on: `sdpo.holdout` ({settings.holdout}) took all"
+        )
+    held_out = held_out[: settings.measured_sets]
     rows = encode(tokenizer, [*trained, *held_out], settings.max_length)
     args = TrainingArguments(**training.arguments(settings, work, seed))
     trainer = SdpoTrainer(

@@ -28,7 +28,9 @@ class Row(BaseModel):
     iteration: int | None = None
     # Mean r_ij (eq. 1) of the samples that iteration t learned from: G's and V's of t - 1.
     mean_reward: float | None = None
+    # Over `held_out_sets` preference sets that this iteration's G was not trained on.
     preference_accuracy: float | None = None
+    held_out_sets: int | None = None
     auc: float | None = None
     auc_low: float | None = None
     auc_high: float | None = None
@@ -39,7 +41,7 @@ class Row(BaseModel):
     long_tail_auc: float | None = None
     # Mean tokens of the RecCoTs that V read.
     mean_tokens: float | None = None
-    # Share of G's greedy RecCoTs that were cut at the token limit.
+    # The share of these that was cut at the token limit.
     cut: float | None = None
 
 
@@ -55,11 +57,11 @@ class Report(BaseModel):
     rows: list[Row]
 
 
-# Heading, field, format of each column; an AUC is shown with its interval.
+# Heading, field, format of each column; an AUC is shown with its interval, an accuracy with its number of sets.
 _COLUMNS: list[tuple[str, str, str]] = [
     ("iteration", "iteration", "d"),
     ("mean reward", "mean_reward", ".4f"),
-    ("preference accuracy", "preference_accuracy", ".3f"),
+    ("preference accuracy (sets)", "preference_accuracy", ".3f"),
     ("AUC [95 %]", "auc", ".4f"),
     ("UAUC", "uauc", ".4f"),
     ("ACC", "acc", ".4f"),
@@ -81,6 +83,7 @@ def row_of(evaluation: Evaluation, *, label: str, kind: Kind, iteration: int) ->
         iteration=iteration,
         long_tail_auc=long_tail.auc,
         mean_tokens=evaluation.mean_tokens,
+        cut=evaluation.cut,
         **measures,
     )
 
@@ -90,7 +93,7 @@ def start(evaluation: Evaluation) -> Report:
     overall = evaluation.validator["overall"]
     rows = []
     if evaluation.item_mean is not None:
-        baseline = evaluation.model_copy(update={"validator": evaluation.item_mean, "mean_tokens": None})
+        baseline = evaluation.model_copy(update={"validator": evaluation.item_mean, "mean_tokens": None, "cut": None})
         row = row_of(baseline, label="item mean (baseline)", kind="baseline", iteration=0)
         rows.append(row.model_copy(update={"iteration": None}))
     return Report(
@@ -161,8 +164,8 @@ def notes(report: Report) -> list[str]:
         f"All rows: the same {report.examples} {report.split} examples of {report.users} users, "
         f"{report.positives} of them liked.",
         "AUC's 95 % interval is a bootstrap over users. A difference well inside the intervals is noise.",
-        "Preference accuracy: the share of rejected RecCoTs that the aligned G ranks below the chosen one, on "
-        "preference sets it was not trained on. One half is chance.",
+        "Preference accuracy: the share of rejected RecCoTs that the aligned G ranks below the chosen one, on so many "
+        "preference sets of contexts that no G was trained on. One half is chance.",
         "Mean reward at iteration t is over the samples it learned from: G's and V's of iteration t - 1.",
         f"{ABSENT}: not measured for this row, or not defined on it (metrics.json says why).",
     ]
@@ -175,6 +178,8 @@ def _cells(row: Row, *, escape: bool = False) -> list[str]:
         cell = ABSENT if value is None else format(value, form)
         if field == "auc" and row.auc_low is not None:
             cell += f" [{row.auc_low:.3f}, {row.auc_high:.3f}]"
+        if field == "preference_accuracy" and row.held_out_sets:
+            cell += f" ({row.held_out_sets})"
         cells.append(cell.replace("[", r"\[") if escape else cell)
     return cells
 

@@ -42,6 +42,8 @@ class Evaluation(BaseModel):
     recots: RecCots
     # Mean length of the RecCoTs given to V, over the contexts evaluated; null without RecCoTs or token counts.
     mean_tokens: float | None
+    # The share of these RecCoTs that was cut at the token limit; null without RecCoTs.
+    cut: float | None
     validator: dict[SliceName, Measures]
     # Null on the train split, where the item mean would hold each row's own label.
     item_mean: dict[SliceName, Measures] | None

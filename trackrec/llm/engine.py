@@ -72,12 +72,15 @@ def open_engine(settings: EngineSettings, base_model: Path, model: Path) -> Engi
 
     Raises:
         WrongBaseError: `model` is an adapter on another base.
+        CorruptError: `model` is a stage's output and differs from its checksums.
     """
+    from trackrec.llm.models import check_whole, load_model, load_tokenizer
+
+    check_whole(base_model, model)
     if settings.kind == "vllm":
         from trackrec.llm.vllm_engine import VllmEngine
 
         return VllmEngine(settings, base_model, model)
-    from trackrec.llm.models import load_model, load_tokenizer
     from trackrec.llm.transformers_engine import TransformersEngine
 
     loaded = load_model(base_model, model, dtype=settings.dtype)

@@ -39,6 +39,16 @@ def is_adapter(model: Path) -> bool:
     return (Path(model) / ADAPTER_CONFIG).is_file()
 
 
+def check_whole(base_model: Path, model: Path) -> None:
+    """
+    Raises:
+        CorruptError: `model` is a stage's output and differs from its checksums. A base is not looked at: it was
+            checked when it was fetched, or is hashed whole where it has no manifest.
+    """
+    if model != base_model and (Path(model) / storage.MANIFEST).is_file():
+        storage.verify(model)
+
+
 def check_base(base_model: Path, adapter: Path) -> None:
     """
     Raises:
@@ -63,14 +73,10 @@ def load_model(base_model: Path, model: Path, *, dtype: str, trainable: bool = F
 
     Raises:
         WrongBaseError: `model` is an adapter on another base.
-        CorruptError: `model` is a stage's output and differs from its checksums.
     """
     adapter = is_adapter(model)
     if adapter:
         check_base(base_model, model)
-    # A base is checked once, when it is fetched, or hashed whole where it has no manifest.
-    if model != base_model and (Path(model) / storage.MANIFEST).is_file():
-        storage.verify(model)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         base_model if adapter else model,
         dtype=torch_dtype(dtype),

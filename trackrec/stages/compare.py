@@ -30,7 +30,6 @@ def run(
     previous: Path | None = None,
     rewards: Path | None = None,
     generator: Path | None = None,
-    recots: Path | None = None,
 ) -> None:
     """Writes the rows of `previous` and one more to `report.json`, `report.csv` and `report.md`.
 
@@ -39,13 +38,12 @@ def run(
         previous: the report so far; without one, the report begins with the baseline.
         rewards: for the row's mean reward.
         generator: the aligned G, for the preference accuracy that its training measured.
-        recots: G's greedy RecCoTs, for the share that was cut at the token limit.
 
     Raises:
         ValueError: `previous` was measured on other examples, or has a row of this label.
     """
     settings = _Row.model_validate({"label": label, "iteration": iteration, "kind": kind})
-    given = {"previous": previous, "rewards": rewards, "generator": generator, "recots": recots}
+    given = {"previous": previous, "rewards": rewards, "generator": generator}
     inputs = {"metrics": metrics} | {name: path for name, path in given.items() if path is not None}
     with storage.publish("compare", settings, inputs=inputs, outputs={"report": report}) as job:
         evaluation = results.read(metrics)
@@ -53,10 +51,8 @@ def run(
         if rewards is not None:
             row.mean_reward = _mean_reward(rewards)
         if generator is not None:
-            row.preference_accuracy = storage.read_manifest(generator).facts.get("preference_accuracy")
-        if recots is not None:
-            reasons = schema.read(recots, "recots", ["finish_reason"])["finish_reason"].to_pylist()
-            row.cut = reasons.count("length") / len(reasons)
+            facts = storage.read_manifest(generator).facts
+            row.preference_accuracy, row.held_out_sets = facts.get("preference_accuracy"), facts.get("held_out")
         before = reports.start(evaluation) if previous is None else reports.read(previous)
         whole = reports.add(before, evaluation, row)
         reports.write(job.outputs["report"], whole)

@@ -86,6 +86,7 @@ def run(
             split=settings.split,
             recots=kind,
             mean_tokens=_mean_tokens(given),
+            cut=fmean(row["finish_reason"] == "length" for row in given.values()) if given else None,
             validator=_by_slice(rows, [scores[row["row_id"]] for row in rows], settings, seed),
             item_mean=None
             if any(row["item_mean"] is None for row in rows)

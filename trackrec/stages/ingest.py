@@ -1,5 +1,6 @@
 """Stage `ingest`: raw files to interactions and items (paper 4.1.1; CoLLM's recipes)."""
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def run(settings: IngestSettings, *, raw: Path, interactions: Path, items: Path)
             _stage(settings, raw, scratch)
         with (
             backend.connect(settings.engine, settings.memory_limit, scratch) as connection,
-            impressions.naming_damage(raw),
+            impressions.naming_damage(raw) if settings.dataset == "impressions" else contextlib.nullcontext(),
         ):
             rows, titles, ties = _recipe(settings, connection, raw, scratch)
             table = recipe.interactions(rows, ties, settings.max_history)

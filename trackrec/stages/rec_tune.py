@@ -8,6 +8,7 @@ from trackrec.align import rec_tuning
 from trackrec.align.training import launch
 from trackrec.config import RecTuneSettings
 from trackrec.data import schema
+from trackrec.llm.models import check_whole
 
 
 def run(
@@ -34,6 +35,7 @@ def run(
     with storage.publish(
         "rec_tune", settings, inputs=inputs, outputs={"tuned": tuned}, seed=f"{seed}/{iteration}"
     ) as job:
+        check_whole(base_model, validator)
         order = seeds.derive(seed, "rec_tune", iteration)
         paths = (examples, contexts, recots, base_model, validator, job.outputs["tuned"], job.work)
         job.facts |= launch(settings, _train, settings, *paths, order)

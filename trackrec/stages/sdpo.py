@@ -8,6 +8,7 @@ from trackrec.align.sdpo_trainer import PreferenceSet, align
 from trackrec.align.training import launch
 from trackrec.config import SdpoSettings
 from trackrec.data import schema
+from trackrec.llm.models import check_whole
 from trackrec.prompts.render import cot_prompt
 
 
@@ -31,6 +32,7 @@ def run(
     with storage.publish(
         "sdpo", settings, inputs=inputs, outputs={"aligned": aligned}, seed=f"{seed}/{iteration}"
     ) as job:
+        check_whole(base_model, generator)
         order = seeds.derive(seed, "sdpo", iteration)
         paths = (contexts, preferences, base_model, generator, job.outputs["aligned"], job.work)
         job.facts |= launch(settings, _train, settings, *paths, order)
