@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trackrec import config, config_file
+from trackrec import config, config_file, run_config
 from trackrec.config import Settings
 from trackrec.config_file import ConfigError
+from trackrec.prompts import render
 from trackrec.run_config import RunConfig, Toleration
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
@@ -244,3 +245,10 @@ def test_settings_survive_kubeflows_numbers() -> None:
     assert config.SampleSettings.model_validate({"n": 4.0, "max_tokens": 8.0}) == config.SampleSettings(
         n=4, max_tokens=8
     )
+
+
+def test_a_domains_prompts_say_what_the_config_takes_them_to_say() -> None:
+    for domain, above in run_config._LIKED_ABOVE.items():
+        for task in ("cot", "rec"):
+            template = (Path(render.__file__).parent / "templates" / f"{domain}_{task}.jinja").read_text()
+            assert f"RATING>{above} means like" in template

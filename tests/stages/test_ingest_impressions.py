@@ -143,6 +143,16 @@ def test_timestamp_units(tmp_path: Path, unit: str, factor: int) -> None:
     assert read_rows(impressions(tmp_path / "out", tmp_path / "raw", log))[0][5] == DAY_1
 
 
+@pytest.mark.parametrize("kind", [pa.timestamp("ms", "UTC"), pa.timestamp("us"), pa.date32()], ids=str)
+def test_a_parquet_logs_times_and_dates(tmp_path: Path, kind: pa.DataType) -> None:
+    table = parquet_log()
+    moments = table["timestamp"].cast(pa.timestamp("s")).cast(kind)
+    pq.write_table(table.set_column(2, "timestamp", moments), tmp_path / "log.parquet")
+    expected = [row[2] // 86_400 * 86_400 if kind == pa.date32() else row[2] for row in LOG_ROWS]
+    found = read_rows(impressions(tmp_path / "out", tmp_path / "log.parquet"))
+    assert sorted(row[5] for row in found) == sorted(expected)
+
+
 @pytest.mark.parametrize(
     ("row", "match"),
     [

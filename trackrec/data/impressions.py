@@ -200,8 +200,8 @@ def _rows(table: Table, log: ImpressionLog) -> Table:
 
 def _seconds_of(column: Column, log: ImpressionLog) -> IntegerValue:
     """Whole seconds since 1970, UTC; null where the value cannot be read."""
-    if column.type().is_timestamp():
-        seconds = column.epoch_seconds()
+    if column.type().is_timestamp() or column.type().is_date():
+        seconds = column.cast("timestamp").epoch_seconds() if column.type().is_date() else column.epoch_seconds()
     elif log.timestamp_unit == "iso8601":
         seconds = column.cast("string").try_cast("timestamp('UTC')").epoch_seconds()
     else:
