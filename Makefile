@@ -1,4 +1,4 @@
-# `make setup` then `make quickstart` run the whole of TrackRec on this machine; `make test` passes the tests.
+# `make quickstart` sets up and runs the whole of TrackRec on this machine; `make test` sets up and passes the tests.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 

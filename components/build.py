@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import docstring_parser
 from kfp import compiler
@@ -39,27 +40,35 @@ def readme(stage: str, component: PythonComponent) -> str:
     section = RunConfig.model_fields.get(stage)
     if section is not None:
         lines += ["", f"## Settings (`{stage}:` in a config)", "", "| key | type | default |", "| --- | --- | --- |"]
-        lines += _settings(_section_class(section.annotation))
+        [own] = _section_classes(section.annotation)
+        lines += _settings(own)
     return "\n".join(lines) + "\n"
 
 
-def _settings(section: type[Settings]) -> list[str]:
+def _settings(section: type[Settings], prefix: str = "") -> list[str]:
+    """A row a setting; those of a nested section follow it, under its name."""
+    schema = section.model_json_schema()
     rows = []
-    for name, schema in section.model_json_schema()["properties"].items():
-        required = name in section.model_json_schema().get("required", [])
-        kind = schema.get("type") or " or ".join(
-            part.get("type") or part["$ref"].rsplit("/", 1)[-1]
-            for part in schema.get("anyOf", schema.get("oneOf", [schema]))
+    for name, part in schema["properties"].items():
+        nested = _section_classes(section.model_fields[name].annotation)
+        kind = part.get("type") or " or ".join(
+            option.get("type") or option["$ref"].rsplit("/", 1)[-1]
+            for option in part.get("anyOf", part.get("oneOf", [part]))
         )
-        allowed = f": {', '.join(f'`{value}`' for value in schema['enum'])}" if "enum" in schema else ""
-        default = "required" if required else f"`{_short(schema.get('default'))}`"
-        rows.append(f"| `{name}` | {kind}{allowed} | {default} |")
+        allowed = f": {', '.join(f'`{value}`' for value in part['enum'])}" if "enum" in part else ""
+        default = "required" if name in schema.get("required", []) else f"`{_short(part.get('default'))}`"
+        rows.append(f"| `{prefix}{name}` | {kind}{allowed} | {default} |")
+        for inner in nested:
+            of = f" ({inner.__name__})" if len(nested) > 1 else ""
+            rows += [row.replace("` |", f"`{of} |", 1) for row in _settings(inner, f"{prefix}{name}.")]
     return rows
 
 
-def _section_class(annotation: object) -> type[Settings]:
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return next(cls for cls in options if isinstance(cls, type) and issubclass(cls, Settings))
+def _section_classes(annotation: object) -> list[type[Settings]]:
+    """The sections in an annotation such as `X | None` or a union told apart by its `kind`."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in _section_classes(inner)]
 
 
 def _short(value: object) -> str:

@@ -64,9 +64,10 @@ def stage(
     run: Annotated[str, typer.Option("--run", help="The run whose artifacts are its inputs.")],
     set_: SetOption = None,
     root: RootOption = Path("runs"),
-    cache: Annotated[bool, typer.Option(help="Reuse what the unchanged stage wrote before.")] = True,
+    cache: Annotated[bool, typer.Option(help="Reuse what the same call wrote before.")] = True,
 ) -> None:
     """Run one stage again, with the inputs that a run cached, under changed settings if any are given."""
+    run = Path(run).name  # its folder does as well
     task = single.find(local.read_record(root, run), name)
     overrides = _overrides(set_)
     own = [task.stage, f"resources.{task.stage}"] + ["seed"] * ("seed" in task.parameters)
@@ -102,7 +103,7 @@ def report_(
     run: Annotated[str, typer.Option("--run", help="A finished run's name.")], root: RootOption = Path("runs")
 ) -> None:
     """Show a finished run's table and where its artifacts lie."""
-    show(local.read_record(root, run), root)
+    show(local.read_record(root, Path(run).name), root)
 
 
 @app.command("stages")
@@ -168,6 +169,9 @@ def main() -> None:
     """The command's entry: an error the user can mend is one message and a non-zero exit, not a traceback."""
     try:
         app()
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\ninterrupted; the same command goes on where it stopped", soft_wrap=True)
+        raise SystemExit(130) from None
     except (
         config_file.ConfigError,
         local.RunFailed,

@@ -40,13 +40,14 @@ LOG = "log.txt"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _STARTED = re.compile(r"Executing task '(?P<task>[^']+)'")
 _ENDED = re.compile(r"Task '(?P<task>[^']+)' finished with status (?P<status>\w+)")
+_ERROR = re.compile(r"^\s*(?P<text>([A-Za-z_][\w.]*)?(Error|Exception|Interrupt|Exit)\b.*)$")
 _PROGRESS = re.compile(r"\d+%\|")
 _LIBRARIES = (
     *("torch", "transformers", "tokenizers", "safetensors", "peft", "trl", "accelerate", "deepspeed"),
     *("duckdb", "ibis-framework", "pyarrow", "scikit-learn"),
 )
 # Without a terminal, how often a long task's progress bar is printed.
-_PROGRESS_SECONDS = 15.0
+_PROGRESS_SECONDS = 10.0
 
 
 class RunFailed(RuntimeError):
@@ -114,6 +115,9 @@ def execute(
     compiler.Compiler().compile(pipeline, str(folder / IR))
     spec = components.load_component_from_file(str(folder / IR)).pipeline_spec
     _expose_outputs(spec)
+    for task in spec.root.dag.tasks.values():
+        # On one machine a failure seldom passes by itself, and waiting for it tells nobody what to mend.
+        task.ClearField("retry_policy")
 
     os.environ[storage.WORK_ENV] = str(root / "work")
     local.init(
@@ -129,8 +133,8 @@ def execute(
                 outputs = pipeline_orchestrator.run_local_pipeline(spec, arguments)
         except RuntimeError as error:
             raise RunFailed(
-                f"{progress.current or 'the pipeline'} failed; the whole log is {folder / LOG}. "
-                f"Its last lines:\n{progress.tail()}\n"
+                f"{progress.current or 'the pipeline'} failed: {progress.reason()}\n"
+                f"The whole log is {folder / LOG}. Its last lines:\n{progress.tail()}\n"
                 "Mend the cause and run the same command again: what has finished is not run twice."
             ) from error
     record = RunRecord(
@@ -249,6 +253,11 @@ class _Progress(io.TextIOBase):
     def tail(self, lines: int = 25) -> str:
         return "\n".join(self.recent[-lines:])
 
+    def reason(self) -> str:
+        """The last error that the log names, in its own words."""
+        errors = [found["text"] for line in self.recent if (found := _ERROR.match(line))]
+        return errors[-1] if errors else "see below"
+
     def _line(self, line: str) -> None:
         self.log.write(line + "\n")
         self.log.flush()
@@ -257,6 +266,8 @@ class _Progress(io.TextIOBase):
             self.started = self.printed = time.monotonic()
             self.recent.clear()
             self.status.update(escape(self.current))
+            if not self.console.is_terminal:
+                self.console.print(f"▶ {escape(self.current)}", style="dim")
         elif ended := _ENDED.search(line):
             mark = "[green]✔[/]" if ended["status"] == "SUCCESS" else "[red]✘[/]"
             self.console.print(f"{mark} {escape(self.current):<42} {time.monotonic() - self.started:6.1f} s")

@@ -1,6 +1,7 @@
 """The typed settings: what is refused, and how it is said."""
 
 import math
+import re
 import types
 import typing
 from datetime import date
@@ -252,3 +253,10 @@ def test_a_domains_prompts_say_what_the_config_takes_them_to_say() -> None:
         for task in ("cot", "rec"):
             template = (Path(render.__file__).parent / "templates" / f"{domain}_{task}.jinja").read_text()
             assert f"RATING>{above} means like" in template
+
+
+def test_the_config_that_the_docs_show_is_one(tmp_path: Path) -> None:
+    [shown] = re.findall(r"```yaml\n(name: shop.*?)```", Path("docs/data.md").read_text(), re.DOTALL)
+    (tmp_path / "shop.yaml").write_text(shown)
+    loaded = config_file.load(tmp_path / "shop.yaml")
+    assert loaded.ingest.log is not None and loaded.ingest.log.label == "clicked"

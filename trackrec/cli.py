@@ -30,10 +30,17 @@ def ingest(
     from trackrec.data.raw import RawDataError
     from trackrec.stages import ingest as stage
 
+    if (dataset == "impressions") != (log is not None):
+        raise _failure(
+            "--log FILE, the column mapping, goes with --dataset impressions, and only with it (docs/data.md)"
+        )
     given: dict[str, Any] = {"dataset": dataset, "engine": engine, "memory_limit": memory_limit}
     try:
         if log is not None:
-            given["log"] = parse(log.read_text(encoding="utf-8"))
+            try:
+                given["log"] = parse(log.read_text(encoding="utf-8"))
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise _failure(f"{log}: cannot be read as YAML: {error}") from error
         settings = IngestSettings.model_validate(given, strict=True)
         stage.run(settings, raw=raw, interactions=out, items=out)
     except ValidationError as error:

@@ -38,8 +38,7 @@ def fetch(name: str) -> Path:
     Every call checks the files against their checksums; a cache that was damaged since is made anew.
 
     Raises:
-        ValueError: no such name.
-        FetchError: the download failed, or what was downloaded is not what is expected.
+        FetchError: no such name, the download failed, or what was downloaded is not what is expected.
     """
     target = cache_root() / name
     if _is_whole(target):
@@ -53,7 +52,7 @@ def fetch(name: str) -> Path:
 
         requirement, prepare = movielens.REQUIREMENT, movielens.extract
     else:
-        raise ValueError(f"{name!r} cannot be fetched; known: {', '.join(get_args(Name))}")
+        raise FetchError(f"{name!r} cannot be fetched; known: {', '.join(get_args(Name))}")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Of two processes that ask at once, one fetches and the other waits for it.
     with (target.parent / f".{name}.lock").open("w") as lock:

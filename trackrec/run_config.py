@@ -77,7 +77,7 @@ class SecretKey(Settings):
 
 
 class Resources(Settings):
-    """What one stage's pod asks for; on one machine only `retries` and `cache` count."""
+    """What one stage's pod asks for; on one machine only `cache` counts."""
 
     cpu: Cores = "2"
     memory: Memory = "8Gi"

@@ -180,8 +180,9 @@ def test_a_failing_stage_fails_the_run_with_its_reason(quick: tuple[Path, tuple[
     root, settings = quick
     done = trackrec(root, "run", "--config", QUICKSTART, settings=(*settings, "sdpo.max_length=8"))
     assert done.returncode == 1
-    assert "sdpo 1 failed" in done.stderr and "max_length" in done.stderr
-    log = re.search(r"the whole log is (\S+)\.", done.stderr)
+    # Its own words first.
+    assert re.search(r"sdpo 1 failed: .*TooLongError: .* more than max_length 8", done.stderr.splitlines()[0])
+    log = re.search(r"The whole log is (\S+)\.", done.stderr)
     assert log and "max_length" in Path(log[1]).read_text()
 
 

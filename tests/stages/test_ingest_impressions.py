@@ -15,6 +15,7 @@ from trackrec import storage
 from trackrec.cli import app
 from trackrec.config import ImpressionLog
 from trackrec.data import schema
+from trackrec.data.raw import RawDataError
 
 LOG = ImpressionLog(label="clicked", rating="stars", valid_from="2024-01-02", test_from="2024-01-03T00:00:00+00:00")
 DAY_1, DAY_2, DAY_3 = 1704067200, 1704153600, 1704240000  # 2024-01-01 … 03 UTC
@@ -270,3 +271,17 @@ def test_command_line_reads_a_logs_mapping(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*command, "--log", str(mapping)])
     assert done.exit_code == 0, done.output
     assert len(read_rows(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize("changed", [{"item_title": "nam"}, {"item_attributes": ["brandd"]}])
+def test_a_named_column_must_be_there(tmp_path: Path, changed: dict[str, Any]) -> None:
+    pq.write_table(parquet_log(), tmp_path / "log.parquet")
+    log = ImpressionLog.model_validate(LOG.model_dump() | changed)
+    with pytest.raises(RawDataError, match=r"log\.parquet:1: no column '(nam|brandd)'"):
+        impressions(tmp_path / "out", tmp_path / "log.parquet", log)
+
+
+def test_a_log_needs_no_titles(tmp_path: Path) -> None:
+    pq.write_table(parquet_log().drop_columns("title"), tmp_path / "log.parquet")
+    out = impressions(tmp_path / "out", tmp_path / "log.parquet")
+    assert [row["title"] for row in schema.rows(out, "items")] == ["a", "b"]

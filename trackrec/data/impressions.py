@@ -56,6 +56,9 @@ def tables(connection: BaseBackend, raw: Path, log: ImpressionLog, scratch: Path
     _refuse_faults(rows, path)
     items_path = None if raw.is_file() else _find(raw, "items")
     if items_path is None:
+        # A log need not have titles; a column that is named must be there.
+        named = [log.item_title] * (log.item_title != ImpressionLog.model_fields["item_title"].default)
+        _require(table, [*named, *log.item_attributes], path)
         # Of an item's titles in the log, the newest is shown.
         return rows, _items(table.mutate(line=_seconds_of(table[log.timestamp], log)), log)
     items = _read(connection, items_path, [log.item_id, *shown], scratch / "items.parquet")
