@@ -39,12 +39,12 @@ def build(config: RunConfig, task: TaskRecord) -> GraphComponent:
 
     @dsl.pipeline(name=f"{config.name}-{stage}".replace("_", "-"), description=f"The stage {stage} alone.")
     def one_stage() -> None:
-        inputs = {
-            name: dsl.importer(
+        inputs = {}
+        for name, artifact in task.inputs.items():
+            importer = dsl.importer(
                 artifact_uri=artifact.uri, artifact_class=_KINDS[artifact.kind], metadata=artifact.metadata or None
-            ).output
-            for name, artifact in task.inputs.items()
-        }
+            )
+            inputs[name] = importer.set_display_name(f"input {name}").output
         place(stages.load(stage)(**parameters, **inputs), stage, config, task.title)
 
     return one_stage
