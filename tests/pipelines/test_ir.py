@@ -173,7 +173,7 @@ def test_what_each_pod_asks_for(shipped: tuple[dict[str, Any], Compiled]) -> Non
     """Against the YAML as written, default by default, on both documents of the IR."""
     raw, pipeline = shipped
     for title in stage_tasks(pipeline):
-        asked = raw["resources"].get(stage_of(title), {})
+        asked = raw.get("resources", {}).get(stage_of(title), {})
         container, task = pipeline.executor(title)["container"], pipeline.tasks[title]
         resources, platform = container["resources"], pipeline.platform(title)
 
