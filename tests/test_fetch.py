@@ -69,7 +69,7 @@ def test_an_incomplete_data_set_is_refused(cache: Path, tmp_path: Path, monkeypa
 
 
 def test_an_unknown_name_is_refused(cache: Path) -> None:
-    with pytest.raises(ValueError, match="'gpt' cannot be fetched; known: smollm2-135m-instruct, ml-100k"):
+    with pytest.raises(FetchError, match="'gpt' cannot be fetched; known: smollm2-135m-instruct, ml-100k"):
         fetch("gpt")
 
 
