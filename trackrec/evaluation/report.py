@@ -165,7 +165,7 @@ def notes(report: Report) -> list[str]:
         f"{report.positives} of them liked.",
         "AUC's 95 % interval is a bootstrap over users. A difference well inside the intervals is noise.",
         "Preference accuracy: the share of rejected RecCoTs that the aligned G ranks below the chosen one, on so many "
-        "preference sets of contexts that no G was trained on. One half is chance.",
+        "preference sets that alignment does not train on. One half is chance.",
         "Mean reward at iteration t is over the samples it learned from: G's and V's of iteration t - 1.",
         f"{ABSENT}: not measured for this row, or not defined on it (metrics.json says why).",
     ]
