@@ -70,7 +70,11 @@ def stage(
     run = Path(run).name  # its folder does as well
     task = single.find(local.read_record(root, run), name)
     overrides = _overrides(set_)
-    own = [task.stage, f"resources.{task.stage}"] + ["seed"] * ("seed" in task.parameters)
+    own = (
+        [task.stage] * ("settings" in task.parameters)
+        + [f"resources.{task.stage}"]
+        + ["seed"] * ("seed" in task.parameters)
+    )
     for key in overrides:
         if not any(f"{key}.".startswith(f"{section}.") for section in own):
             raise config_file.ConfigError(f"{key}: not a setting of {task.title}; allowed here: {', '.join(own)}")
@@ -169,9 +173,6 @@ def main() -> None:
     """The command's entry: an error the user can mend is one message and a non-zero exit, not a traceback."""
     try:
         app()
-    except KeyboardInterrupt:
-        Console(stderr=True).print("\ninterrupted; the same command goes on where it stopped", soft_wrap=True)
-        raise SystemExit(130) from None
     except (
         config_file.ConfigError,
         local.RunFailed,

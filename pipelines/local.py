@@ -40,7 +40,8 @@ LOG = "log.txt"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _STARTED = re.compile(r"Executing task '(?P<task>[^']+)'")
 _ENDED = re.compile(r"Task '(?P<task>[^']+)' finished with status (?P<status>\w+)")
-_ERROR = re.compile(r"^\s*(?P<text>([A-Za-z_][\w.]*)?(Error|Exception|Interrupt|Exit)\b.*)$")
+# A traceback's last line, as torch's workers print it too; their parent's says only that one of them failed.
+_ERROR = re.compile(r"^\s*(\[rank\d+\]:\s*)?(?P<text>(?!\S*ChildFailedError)[A-Za-z_][\w.]*(Error|Exception): .*)$")
 _PROGRESS = re.compile(r"\d+%\|")
 _LIBRARIES = (
     *("torch", "transformers", "tokenizers", "safetensors", "peft", "trl", "accelerate", "deepspeed"),
@@ -131,6 +132,11 @@ def execute(
         try:
             with contextlib.redirect_stdout(progress), _quiet_warnings():
                 outputs = pipeline_orchestrator.run_local_pipeline(spec, arguments)
+        except KeyboardInterrupt:
+            console.print(
+                f"interrupted in {progress.current}; the same command goes on there. The log is {folder / LOG}"
+            )
+            raise
         except RuntimeError as error:
             raise RunFailed(
                 f"{progress.current or 'the pipeline'} failed: {progress.reason()}\n"
@@ -148,8 +154,10 @@ def execute(
 
 def _environment() -> str:
     """A hash of the installed libraries a result depends on: an image has them in its tag, this machine has not."""
-    installed = {found.name.lower(): found.version for found in metadata.distributions()}
-    versions = [platform.python_version(), *(f"{name}=={installed.get(name)}" for name in _LIBRARIES)]
+    versions = [platform.python_version()]
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{name}=={metadata.version(name)}")
     return hashlib.sha256(" ".join(versions).encode()).hexdigest()[:12]
 
 

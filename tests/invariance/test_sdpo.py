@@ -53,7 +53,7 @@ def settings(**changes: Any) -> SdpoSettings:
         "lora": LORA,
         "checkpoint_steps": 2,
         "dtype": "float32",
-        "holdout": 0.17,  # c3 and c10
+        "holdout": 0.17,  # c3, and c10 where there is one
     }
     return SdpoSettings.model_validate(base | changes)
 

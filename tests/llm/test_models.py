@@ -7,7 +7,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
 from trackrec import storage
-from trackrec.llm.models import WrongBaseError, is_adapter, load_model, load_tokenizer, save_model, torch_dtype
+from trackrec.config import EngineSettings, PreferencesSettings
+from trackrec.llm.engine import open_engine
+from trackrec.llm.models import (
+    WrongBaseError,
+    check_whole,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    save_model,
+    torch_dtype,
+)
 
 IDS = torch.tensor([[1, 50, 60, 70]])
 
@@ -84,3 +94,16 @@ def test_full_weights_come_back(tiny_model: Path, tokenizer: PreTrainedTokenizer
 def test_dtypes() -> None:
     assert torch_dtype("bfloat16") == torch.bfloat16
     assert torch_dtype("auto") == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+
+
+def test_a_model_that_was_changed_is_refused(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's output, by its checksums; the base is checked where it is fetched."""
+    monkeypatch.setenv(storage.WORK_ENV, str(tmp_path / "work"))
+    settings, tokenizer = PreferencesSettings(), load_tokenizer(tiny_model)
+    with storage.publish("sdpo", settings, inputs={}, outputs={"model": tmp_path / "model"}) as job:
+        save_model(load_model(tiny_model, tiny_model, dtype="float32"), tokenizer, tiny_model, job.outputs["model"])
+    check_whole(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for read in (check_whole, lambda base, model: open_engine(EngineSettings(), base, model)):
+        with pytest.raises(storage.CorruptError, match=r"config\.json is missing or differs"):
+            read(tiny_model, tmp_path / "model")

@@ -182,6 +182,7 @@ def test_a_failing_stage_fails_the_run_with_its_reason(quick: tuple[Path, tuple[
     assert done.returncode == 1
     # Its own words first.
     assert re.search(r"sdpo 1 failed: .*TooLongError: .* more than max_length 8", done.stderr.splitlines()[0])
+    assert "Retrying" not in done.stdout + done.stderr and done.stdout.count("✘") == 1
     log = re.search(r"The whole log is (\S+)\.", done.stderr)
     assert log and "max_length" in Path(log[1]).read_text()
 

@@ -254,10 +254,8 @@ def align(
         raise training.EmptyTrainingError("no preference set to train on; look at what `preferences` dropped")
     tokenizer = load_tokenizer(base_model)
     trained, held_out = hold_out(sets, settings.holdout)
-    if not trained:
-        raise training.EmptyTrainingError(
-            f"none of {len(sets)} preference sets is left to train on: `sdpo.holdout` ({settings.holdout}) took all"
-        )
+    if not trained:  # a few sets, all on one side
+        trained, held_out = held_out, []
     held_out = held_out[: settings.measured_sets]
     rows = encode(tokenizer, [*trained, *held_out], settings.max_length)
     args = TrainingArguments(**training.arguments(settings, work, seed))
