@@ -70,11 +70,8 @@ def stage(
     run = Path(run).name  # its folder does as well
     task = single.find(local.read_record(root, run), name)
     overrides = _overrides(set_)
-    own = (
-        [task.stage] * ("settings" in task.parameters)
-        + [f"resources.{task.stage}"]
-        + ["seed"] * ("seed" in task.parameters)
-    )
+    keys = {"settings": task.stage, "seed": "seed"}
+    own = [key for parameter, key in keys.items() if parameter in task.parameters] + [f"resources.{task.stage}"]
     for key in overrides:
         if not any(f"{key}.".startswith(f"{section}.") for section in own):
             raise config_file.ConfigError(f"{key}: not a setting of {task.title}; allowed here: {', '.join(own)}")

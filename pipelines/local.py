@@ -134,7 +134,7 @@ def execute(
                 outputs = pipeline_orchestrator.run_local_pipeline(spec, arguments)
         except KeyboardInterrupt:
             console.print(
-                f"interrupted in {progress.current}; the same command goes on there. The log is {folder / LOG}"
+                f"interrupted in {escape(progress.current)}; the same command goes on there. Log: {folder / LOG}"
             )
             raise
         except RuntimeError as error:

@@ -35,7 +35,7 @@ def cache_root() -> Path:
 def fetch(name: str) -> Path:
     """The cached directory of `name`; the first call downloads and prepares it, and it appears whole, with a manifest.
 
-    Every call checks the files against their checksums; damaged files are fetched anew, and a damaged manifest is refused.
+    Every call checks the files against their checksums: damaged files are fetched anew, a damaged manifest is refused.
 
     Raises:
         FetchError: no such name, the download failed, or what was downloaded is not what is expected.

@@ -158,7 +158,7 @@ def test_one_stage_again(quick: tuple[Path, tuple[str, ...]]) -> None:
     done = trackrec(root, "stage", "sample 1", "--run", run.run, settings=("sdpo.beta=9",))
     assert (
         done.returncode == 1
-        and "sdpo.beta: not a setting of sample 1; allowed here: sample, resources.sample, seed" in done.stderr
+        and "sdpo.beta: not a setting of sample 1; allowed here: sample, seed, resources.sample" in done.stderr
     )
 
 
