@@ -191,8 +191,8 @@ class Loop:
 
     def written(self, generator: PipelineArtifactChannel, t: int) -> PipelineArtifactChannel:
         """G's greedy RecCoTs."""
-        # The first G's train texts would be read by nothing: V is not tuned on them. Valid's are always written, so that
-        # another `evaluate.split` runs the evaluations again and nothing else.
+        # The first G's train texts would be read by nothing: V is not tuned on them. Valid's are always written, so
+        # that another `evaluate.split` runs the evaluations again and nothing else.
         unread = {"train"} if t == 0 and self.config.evaluate.split != "train" else set()
         task = generate(
             settings=values(self.config.generate),
