@@ -109,9 +109,8 @@ def execute(
     """
     root = root.resolve()
     started = time.monotonic()
-    run = f"{pipeline.name}-{dt.datetime.now():%Y%m%d-%H%M%S}"
-    folder = root / run
-    folder.mkdir(parents=True)
+    folder = _new_folder(root, f"{pipeline.name}-{dt.datetime.now():%Y%m%d-%H%M%S}")
+    run = folder.name
     (folder / CONFIG).write_text(config_text, encoding="utf-8")
     compiler.Compiler().compile(pipeline, str(folder / IR))
     spec = components.load_component_from_file(str(folder / IR)).pipeline_spec
@@ -150,6 +149,18 @@ def execute(
     )
     storage.write_atomic(folder / RECORD, record.model_dump_json(indent=2).encode())
     return record
+
+
+def _new_folder(root: Path, name: str) -> Path:
+    """`root/name`; a further run of the same second gets a number."""
+    folder, number = root / name, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = root / f"{name}-{number}"
 
 
 def _environment() -> str:

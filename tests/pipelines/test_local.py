@@ -140,6 +140,11 @@ def test_a_changed_input_is_seen(quick: tuple[Path, tuple[str, ...]], tmp_path: 
     assert "generate 0" in ran(newest(root))
 
 
+def test_runs_of_one_second_have_names_of_their_own(tmp_path: Path) -> None:
+    names = [local._new_folder(tmp_path, "run-20260101-000000").name for _ in range(3)]
+    assert names == ["run-20260101-000000", "run-20260101-000000-2", "run-20260101-000000-3"]
+
+
 def test_one_stage_again(quick: tuple[Path, tuple[str, ...]]) -> None:
     root, settings = quick
     trackrec(root, "run", "--config", QUICKSTART, settings=settings)
