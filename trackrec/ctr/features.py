@@ -1,0 +1,170 @@
+"""From the tables to the tensors of CTR training: numbers for ids, and each row's newest older RecCoT.
+
+Rows keep the interactions' order. Only the train split says which ids get numbers of their own: one that it has fewer
+than `min_rows` times, or not at all, is UNKNOWN, in training too, so that UNKNOWN is learned. An unknown item keeps its
+attributes, an unknown user history and RecCoT.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from trackrec.ctr.embedding import NONE, UNKNOWN, Batch, Tables, Vocabulary
+
+_FIRST = UNKNOWN + 1
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All rows as tensors, and what they share."""
+
+    rows: Batch  # each [R] or [R, L]
+    labels: Tensor  # float32 [R]
+    split: np.ndarray  # text [R]
+    row_id: np.ndarray  # [R]
+    users: np.ndarray  # text [R]
+    user_train_rows: np.ndarray  # [R]: how often the train split has the row's user
+    item_train_rows: np.ndarray  # [R]
+    tables: Tables
+    vocabulary: Vocabulary
+
+    def of_split(self, split: str) -> Tensor:
+        """The numbers of a split's rows."""
+        return torch.from_numpy(np.flatnonzero(self.split == split))
+
+
+def dataset(
+    interactions: pa.Table, items: pa.Table, *, history_length: int, min_rows: int, recot: np.ndarray, vectors: Tensor
+) -> Dataset:
+    """
+    Args:
+        interactions, items: the tables of those names.
+        history_length: L, the newest so many earlier items of a row.
+        recot: [R], each row's row of `vectors`, NONE where there is no RecCoT (`recot_of_rows`).
+        vectors: float32 [RecCoTs + 1, width]; width 0 where the model has no RecCoT field.
+
+    Raises:
+        ValueError: the train split is empty.
+    """
+    split = interactions["split"].to_numpy(zero_copy_only=False)
+    train = split == "train"
+    if not train.any():
+        raise ValueError("the interactions have no row in split 'train': there is nothing to train on")
+    user, users = _numbers(interactions["user_id"], train, min_rows)
+    _, known_items = _numbers(interactions["item_id"], train, min_rows)
+    catalogue = sorted(items["item_id"].to_pylist())
+    item = _lookup(interactions["item_id"], catalogue)
+    history, history_rating, ratings = _histories(interactions["history"], catalogue, history_length)
+    attributes, item_attributes = _attributes(items, catalogue, set(known_items))
+    own_item = np.concatenate([[NONE, UNKNOWN], _lookup(pa.array(catalogue, pa.string()), known_items)])
+    return Dataset(
+        rows=Batch(*(torch.from_numpy(a) for a in (user, item, history, history_rating, recot.astype(np.int64)))),
+        labels=torch.from_numpy(interactions["label"].to_numpy().astype(np.float32)),
+        split=split,
+        row_id=interactions["row_id"].to_numpy(),
+        users=interactions["user_id"].to_numpy(zero_copy_only=False),
+        user_train_rows=_train_rows(interactions["user_id"], train),
+        item_train_rows=_train_rows(interactions["item_id"], train),
+        tables=Tables(torch.from_numpy(own_item), torch.from_numpy(item_attributes), vectors),
+        vocabulary=Vocabulary(
+            users=len(users) + _FIRST,
+            items=len(known_items) + _FIRST,
+            attributes=attributes + _FIRST,
+            ratings=ratings + _FIRST,
+            vector_width=vectors.shape[1],
+        ),
+    )
+
+
+def recot_of_rows(
+    interactions: pa.Table, examples: pa.Table, contexts: pa.Table, vector_ids: Sequence[str]
+) -> np.ndarray:
+    """Each row's number in [NONE] + vector_ids: of its own context's RecCoT, else of its user's newest older one.
+
+    An example's own context holds what came before it and nothing else. Of the user's other contexts only those count
+    whose moment lies before the row's: at the very same moment one could hold the row itself.
+    """
+    number = {context_id: place for place, context_id in enumerate(vector_ids, start=NONE + 1)}
+    own = {
+        row_id: number[context_id]
+        for row_id, context_id in zip(examples["row_id"].to_pylist(), examples["context_id"].to_pylist(), strict=True)
+        if context_id in number
+    }
+    # Of equal histories one context is kept; whoever shares it finds it through an example of its own.
+    moments: dict[str, list[tuple[int, int]]] = {}
+    for context_id, user_id, as_of in zip(
+        *(contexts[name].to_pylist() for name in ("context_id", "user_id", "as_of")), strict=True
+    ):
+        if context_id in number:
+            moments.setdefault(user_id, []).append((as_of, number[context_id]))
+    for seen in moments.values():
+        seen.sort()
+    found = np.full(len(interactions), NONE, dtype=np.int64)
+    columns = (interactions[name].to_pylist() for name in ("row_id", "user_id", "timestamp"))
+    for place, (row_id, user_id, timestamp) in enumerate(zip(*columns, strict=True)):
+        if row_id in own:
+            found[place] = own[row_id]
+            continue
+        older = [known for as_of, known in moments.get(user_id, ()) if as_of < timestamp]
+        if older:
+            found[place] = older[-1]
+    return found
+
+
+def _numbers(column: pa.ChunkedArray, train: np.ndarray, min_rows: int) -> tuple[np.ndarray, list[str]]:
+    """Each value's number, and the values that have one of their own, in the order of their numbers."""
+    values, counts = np.unique(column.to_numpy(zero_copy_only=False)[train].astype(str), return_counts=True)
+    known = values[counts >= min_rows].tolist()
+    return _lookup(column, known), known
+
+
+def _lookup(column: pa.ChunkedArray | pa.Array, known: Iterable[str]) -> np.ndarray:
+    places = pc.index_in(column, value_set=pa.array(known, type=pa.string()))
+    return pc.fill_null(pc.add(places, _FIRST), UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _histories(column: pa.ChunkedArray, catalogue: list[str], length: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Items and ratings of the newest `length` earlier rows, [R, length] each, and how many ratings there are.
+
+    A rating's number is its place among the ratings seen; without ratings the label's stands for it.
+    """
+    lists = column.combine_chunks()
+    flat = lists.flatten()
+    sizes = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
+    items = _lookup(flat.field("item_id"), catalogue)
+    shown = pc.coalesce(flat.field("rating"), flat.field("label").cast(pa.float32())).to_numpy(zero_copy_only=False)
+    values = np.unique(shown)
+    ratings = np.searchsorted(values, shown) + _FIRST
+    ends = np.cumsum(sizes)
+    kept = np.minimum(sizes, length)
+    places = (ends - kept)[:, None] + np.arange(length)
+    inside = np.arange(length) < kept[:, None]
+    places = np.where(inside, places, 0)
+    if not len(items):
+        return np.zeros_like(places), np.zeros_like(places), 0
+    return np.where(inside, items[places], NONE), np.where(inside, ratings[places], NONE), len(values)
+
+
+def _attributes(items: pa.Table, catalogue: list[str], known_items: set[str]) -> tuple[int, np.ndarray]:
+    """How many attributes there are, and those of each item of the catalogue, [catalogue, most], NONE after the last.
+
+    An attribute that no known item has learns nothing, so it is left out.
+    """
+    attributes = dict(zip(items["item_id"].to_pylist(), items["attributes"].to_pylist(), strict=True))
+    names = sorted({name for item in known_items for name in attributes.get(item) or []})
+    number = {name: place for place, name in enumerate(names, start=_FIRST)}
+    own = [[number[name] for name in attributes[item] or [] if name in number] for item in catalogue]
+    table = np.full((len(catalogue) + _FIRST, max(1, max(map(len, own), default=1))), NONE, dtype=np.int64)
+    for place, numbers in enumerate(own, start=_FIRST):
+        table[place, : len(numbers)] = numbers
+    return len(number), table
+
+
+def _train_rows(column: pa.ChunkedArray, train: np.ndarray) -> np.ndarray:
+    values, inverse = np.unique(column.to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
+    return np.bincount(inverse[train], minlength=len(values))[inverse]
