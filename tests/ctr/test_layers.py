@@ -87,9 +87,9 @@ def test_bilinear_interaction() -> None:
 
 
 def test_target_attention() -> None:
-    attention = TargetAttention(1, sizes=(1,))
-    fill(attention.mlp.linear[0].weight, [[1.0, 10, 100, 1000]])
-    fill(attention.mlp.linear[0].bias, [0.0])
+    attention = TargetAttention(1, hidden=1)
+    fill(attention.hidden.weight, [[1.0, 10, 100, 1000]])
+    fill(attention.hidden.bias, [0.0])
     fill(attention.score.weight, [[2.0]])
     fill(attention.score.bias, [0.5])
     # target 3, earlier 2: 3 + 20 + 100 + 6000; earlier 0: 3 + 0 + 300 + 0
@@ -138,7 +138,8 @@ def test_gru_is_torchs() -> None:
 
 def graph(steps: int) -> FieldGraph:
     made = FieldGraph(2, 1, steps)
-    fill(made.edge.weight, [[1.0, 2]])
+    fill(made.taker.weight, [[1.0]])
+    fill(made.giver.weight, [[2.0]])
     fill(made.outgoing, [[[2.0]], [[3.0]]])
     fill(made.incoming, [[[1.0]], [[-1.0]]])
     fill(made.bias, [0.1])
@@ -164,7 +165,8 @@ def test_field_graph() -> None:
 
 def test_edge_weights() -> None:
     made = FieldGraph(3, 1, 1)
-    fill(made.edge.weight, [[1.0, 2]])
+    fill(made.taker.weight, [[1.0]])
+    fill(made.giver.weight, [[2.0]])
     found = made.edge_weights(torch.tensor([[[1.0], [0], [-2]]]))
     # Node 0 scores node 1 by 1 + 0 and node 2 by LeakyReLU(1 - 4) = -.03.
     to_1 = sigmoid(1 - -0.03)

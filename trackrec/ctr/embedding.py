@@ -35,10 +35,10 @@ class Tables(NamedTuple):
 class Embedded(NamedTuple):
     """What a backbone sees of a batch."""
 
-    fields: Tensor  # [B, F, D]: user, item, attributes, history, RecCoT
+    fields: Tensor  # [B, F, D]: user, item, attributes, RecCoT (where the model has it), history
     first_order: Tensor  # [B]: the sum of the fields' own weights, what a linear model would answer
-    target: Tensor  # [B, 2 D]: the item judged
-    history: Tensor  # [B, L, 2 D]: the earlier items, in the same space, with their ratings
+    target: Tensor  # [B, D]: the item judged
+    history: Tensor  # [B, L, D]: the earlier items, each with how it was rated
     mask: Tensor  # bool [B, L]: where the history has an item
 
 
@@ -77,6 +77,8 @@ class Connector(nn.Module):
 class FieldEmbedding(nn.Module):
     """x and M(e^p) of eq. 8: the fields of a batch.
 
+    A table's rows are D + 1 wide: the last column is the first-order weight, so that one look-up serves both.
+
     Args:
         size: D, of a field.
         hidden: the connector's hidden layers.
@@ -84,37 +86,23 @@ class FieldEmbedding(nn.Module):
 
     def __init__(self, vocabulary: Vocabulary, size: int, hidden: Sequence[int] = (64,)) -> None:
         super().__init__()
-        self.user = _table(vocabulary.users, size)
-        self.item = _table(vocabulary.items, size)
-        self.attribute = _table(vocabulary.attributes, size)
-        self.rating = _table(vocabulary.ratings, 2 * size)
-        self.user_weight = _table(vocabulary.users, 1)
-        self.item_weight = _table(vocabulary.items, 1)
-        self.attribute_weight = _table(vocabulary.attributes, 1)
-        self.connector = Connector(vocabulary.vector_width, size, hidden) if vocabulary.vector_width else None
-        self.recot_weight = nn.Linear(size, 1)
+        self.user = _table(vocabulary.users, size + 1)
+        self.item = _table(vocabulary.items, size + 1)
+        self.attribute = _table(vocabulary.attributes, size + 1)
+        self.rating = _table(vocabulary.ratings, size)
+        self.connector = Connector(vocabulary.vector_width, size + 1, hidden) if vocabulary.vector_width else None
 
     def forward(self, batch: Batch, tables: Tables) -> Embedded:
-        target, history = self._items(batch.item, tables), self._items(batch.history, tables)
-        mask = batch.history != NONE
-        history = history + self.rating(batch.history_rating)
-        item, attributes = target.chunk(2, dim=-1)
-        fields = [self.user(batch.user), item, attributes, masked_mean(history, mask).chunk(2, dim=-1)[0]]
-        own = tables.item_attributes[batch.item]
-        weights = masked_mean(self.attribute_weight(own), own != NONE)
-        first_order = (self.user_weight(batch.user) + self.item_weight(tables.item[batch.item]) + weights)[:, 0]
+        items = self.item(tables.item[torch.cat([batch.item[:, None], batch.history], dim=1)])
+        attributes = tables.item_attributes[batch.item]
+        found = [self.user(batch.user), items[:, 0], masked_mean(self.attribute(attributes), attributes != NONE)]
         if self.connector is not None:
-            recot = self.connector(tables.vectors[batch.recot], batch.recot != NONE)
-            fields.append(recot)
-            first_order = first_order + self.recot_weight(recot)[:, 0]
-        return Embedded(torch.stack(fields, dim=1), first_order, target, history, mask)
-
-    def _items(self, items: Tensor, tables: Tables) -> Tensor:
-        """[..., 2 D] of items [...]: the item's own vector, then the mean of its attributes'."""
-        attributes = tables.item_attributes[items]
-        return torch.cat(
-            [self.item(tables.item[items]), masked_mean(self.attribute(attributes), attributes != NONE)], dim=-1
-        )
+            found.append(self.connector(tables.vectors[batch.recot], batch.recot != NONE))
+        both = torch.stack(found, dim=1)
+        mask = batch.history != NONE
+        history = items[:, 1:, :-1] + self.rating(batch.history_rating)
+        fields = torch.cat([both[:, :, :-1], masked_mean(history, mask)[:, None]], dim=1)
+        return Embedded(fields, both[:, :, -1].sum(1), items[:, 0, :-1], history, mask)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -37,6 +37,10 @@ class Dataset:
         """The numbers of a split's rows."""
         return torch.from_numpy(np.flatnonzero(self.split == split))
 
+    def batch(self, numbers: Tensor) -> Batch:
+        """The rows of these numbers, in their shape and order."""
+        return Batch(*(part[numbers] for part in self.rows))
+
 
 def dataset(
     interactions: pa.Table, items: pa.Table, *, history_length: int, min_rows: int, recot: np.ndarray, vectors: Tensor

@@ -115,6 +115,9 @@ class SqueezeExcitation(nn.Module):
 class BilinearInteraction(nn.Module):
     """p_ij = v_i W_i ⊙ v_j for all i < j (FiBiNET eq. 6, field-each): [B, F, D] to [B, F(F-1)/2, D]."""
 
+    left: Tensor
+    right: Tensor
+
     def __init__(self, fields: int, size: int) -> None:
         super().__init__()
         left, right = torch.triu_indices(fields, fields, offset=1)
@@ -128,21 +131,21 @@ class BilinearInteraction(nn.Module):
 
 
 class TargetAttention(nn.Module):
-    """How much each earlier item says about the target (DIN figure 2, the activation unit).
+    """How much each earlier item says about the target: DIN's activation unit (figure 2).
 
-    An MLP over [target, earlier, target - earlier, target ⊙ earlier].
+    One hidden layer over [target, earlier, target - earlier, target ⊙ earlier].
     """
 
-    def __init__(self, size: int, sizes: Sequence[int] = (64, 32)) -> None:
+    def __init__(self, size: int, hidden: int = 36) -> None:
         super().__init__()
-        self.mlp = MLP(4 * size, sizes)
-        self.score = nn.Linear(sizes[-1], 1)
+        self.hidden = nn.Linear(4 * size, hidden)
+        self.score = nn.Linear(hidden, 1)
 
     def forward(self, target: Tensor, history: Tensor) -> Tensor:
         """Scores [B, L] from target [B, size] and history [B, L, size]; they are no softmax."""
         target = target[:, None].expand_as(history)
         both = torch.cat([target, history, target - history, target * history], dim=-1)
-        return self.score(self.mlp(both))[..., 0]
+        return self.score(F.relu(self.hidden(both)))[..., 0]
 
 
 class GRUCell(nn.Module):
@@ -172,7 +175,9 @@ class FieldGraph(nn.Module):
     def __init__(self, fields: int, size: int, steps: int) -> None:
         super().__init__()
         self.steps = steps
-        self.edge = nn.Linear(2 * size, 1, bias=False)
+        # The two halves of W_w: for the node that takes, and for the one that gives.
+        self.taker = nn.Linear(size, 1, bias=False)
+        self.giver = nn.Linear(size, 1, bias=False)
         self.outgoing = nn.Parameter(torch.randn(fields, size, size) * size**-0.5)
         self.incoming = nn.Parameter(torch.randn(fields, size, size) * size**-0.5)
         self.bias = nn.Parameter(torch.zeros(size))
@@ -190,9 +195,6 @@ class FieldGraph(nn.Module):
     def edge_weights(self, fields: Tensor) -> Tensor:
         """[B, F, F]: how much node i takes from each other node j; a row sums to 1, and a node takes nothing of its own
         (eq. 5-6)."""
-        count = fields.shape[1]
-        taker = fields[:, :, None].expand(-1, -1, count, -1)
-        giver = fields[:, None].expand(-1, count, -1, -1)
-        scores = F.leaky_relu(self.edge(torch.cat([taker, giver], dim=-1))[..., 0])
-        own = torch.eye(count, dtype=torch.bool, device=fields.device)
+        scores = F.leaky_relu(self.taker(fields) + self.giver(fields).transpose(1, 2))
+        own = torch.eye(fields.shape[1], dtype=torch.bool, device=fields.device)
         return scores.masked_fill(own, -torch.inf).softmax(-1)

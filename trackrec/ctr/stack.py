@@ -51,6 +51,7 @@ class Stack:
         self.l2 = torch.tensor([hyper.l2 for hyper in hypers])
         self.mean = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.square = {name: torch.zeros_like(w) for name, w in self.weights.items()}
+        self.kept: dict[str, Tensor] = {}
         self.steps = 0
 
     def step(self, batch: Batch, tables: Tables, labels: Tensor) -> Tensor:
@@ -80,10 +81,24 @@ class Stack:
         self.template.eval()
 
         def answer(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            found: Tensor = functional_call(self.template, (weights, buffers), (batch, tables))
-            return found.sigmoid()
+            logits: Tensor = functional_call(self.template, (weights, buffers), (batch, tables))
+            return logits.sigmoid()
 
         return vmap(answer)(self.weights, self.buffers)
+
+    @torch.no_grad()
+    def keep(self, models: Sequence[int]) -> None:
+        """Keeps these models' weights as they are now, for `restore`."""
+        if not self.kept:
+            self.kept = {name: w.detach().clone() for name, w in self.weights.items()}
+        for name, kept in self.kept.items():
+            kept[list(models)] = self.weights[name][list(models)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts every model back to the weights that were kept of it last."""
+        for name, kept in self.kept.items():
+            self.weights[name].copy_(kept)
 
     def weights_of(self, model: int) -> dict[str, Tensor]:
         """A copy of one model's weights."""

@@ -1,7 +1,7 @@
 """CTR training: every model of one shape together, each stopped by its own valid AUC."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,12 +42,10 @@ class Trained:
     """One model at its best epoch by valid AUC."""
 
     hyper: Hyper
-    valid_auc: float = -1.0
-    epoch: int = 0
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    # P(liked) of the valid and the test rows, in their order.
-    valid: np.ndarray = field(default_factory=lambda: np.empty(0))
-    test: np.ndarray = field(default_factory=lambda: np.empty(0))
+    valid_auc: float
+    epoch: int
+    weights: dict[str, Tensor]
+    scores: np.ndarray  # float64: P(liked) of the rows asked for, in their order
 
 
 def build(backbone: str, vocabulary: Vocabulary, size: int, hidden: tuple[int, ...], seed: int) -> Ranker:
@@ -67,56 +65,57 @@ def train(
     batch_size: int,
     epochs: int,
     patience: int,
+    score: Tensor | None = None,
     progress: Callable[[int], None] = lambda epoch: None,
 ) -> list[Trained]:
     """Trains one model a `hypers`; what a model becomes does not depend on the others.
 
-    Stops when no model has got better on valid for `patience` epochs; the test split is predicted at each model's best
-    epoch and decides nothing.
+    Stops when no model has got better on valid for `patience` epochs, and goes back to each model's best epoch.
+
+    Args:
+        score: numbers of the rows to answer at the end; none by default. They decide nothing.
+        progress: called after each epoch.
 
     Raises:
         ValueError: the valid split lacks one of the classes.
         FloatingPointError: a loss is no number.
     """
-    parts = {split: data.of_split(split) for split in ("train", "valid", "test")}
-    valid_labels = data.labels[parts["valid"]].numpy()
+    rows, valid = data.of_split("train"), data.of_split("valid")
+    valid_labels = data.labels[valid].numpy()
     if len(np.unique(valid_labels)) < 2:
         raise ValueError("the valid split must have liked and disliked rows: the best epoch is chosen by its AUC")
     stack = Stack([build(backbone, data.vocabulary, size, hidden, hyper.seed) for hyper in hypers], hypers)
     orders = [torch.Generator().manual_seed(hyper.seed) for hyper in hypers]
-    found = [Trained(hyper) for hyper in hypers]
-    waiting = [0] * len(hypers)
-    rows = parts["train"]
+    best, best_epoch, waiting = ([initial] * len(hypers) for initial in (-1.0, 0, 0))
     for epoch in range(1, epochs + 1):
         shuffled = torch.stack([rows[torch.randperm(len(rows), generator=order)] for order in orders])
         for numbers in shuffled.split(batch_size, dim=1):
-            losses = stack.step(Batch(*(part[numbers] for part in data.rows)), data.tables, data.labels[numbers])
+            losses = stack.step(data.batch(numbers), data.tables, data.labels[numbers])
         if not losses.isfinite().all():
             raise FloatingPointError(f"{backbone}: a loss is no number in epoch {epoch}; lower the learning rate")
-        scores = _predict(stack, data, parts["valid"])
         better = []
-        for number, model in enumerate(found):
-            if waiting[number] >= patience:
+        for model, scores in enumerate(_predict(stack, data, valid)):
+            if waiting[model] >= patience:
                 continue
-            auc = float(roc_auc_score(valid_labels, scores[number]))
-            waiting[number] += 1
-            if auc > model.valid_auc:
-                waiting[number] = 0
-                model.valid_auc, model.epoch, model.valid = auc, epoch, scores[number]
-                model.weights = stack.weights_of(number)
-                better.append(number)
+            auc = float(roc_auc_score(valid_labels, scores))
+            waiting[model] += 1
+            if auc > best[model]:
+                best[model], best_epoch[model], waiting[model] = auc, epoch, 0
+                better.append(model)
         if better:
-            tested = _predict(stack, data, parts["test"])
-            for number in better:
-                found[number].test = tested[number]
+            stack.keep(better)
         progress(epoch)
         if all(epochs_waited >= patience for epochs_waited in waiting):
             break
-    return found
+    stack.restore()
+    answers = np.empty((len(hypers), 0)) if score is None else _predict(stack, data, score)
+    return [
+        Trained(hyper, best[model], int(best_epoch[model]), stack.weights_of(model), answers[model])
+        for model, hyper in enumerate(hypers)
+    ]
 
 
 def _predict(stack: Stack, data: Dataset, rows: Tensor) -> np.ndarray:
-    parts = [
-        stack.predict(Batch(*(part[numbers] for part in data.rows)), data.tables) for numbers in rows.split(_CHUNK)
-    ]
+    """float64 [M, rows]."""
+    parts = [stack.predict(data.batch(numbers), data.tables) for numbers in rows.split(_CHUNK)]
     return torch.cat(parts, dim=1).double().numpy() if parts else np.empty((len(stack.seeds), 0))

@@ -13,12 +13,12 @@ class AutoInt(nn.Module):
 
     Args:
         fields: F, and `size` D, of the fields [B, F, D].
-        hidden: one interacting layer each, of that size over its heads.
+        hidden: as many interacting layers, each of the last size over its heads.
     """
 
     def __init__(self, fields: int, size: int, hidden: tuple[int, ...], heads: int = 2) -> None:
         super().__init__()
-        widths = (size, *hidden)
+        widths = (size, *(hidden[-1] for _ in hidden))
         self.attention = nn.ModuleList(FieldAttention(a, b, heads) for a, b in itertools.pairwise(widths))
         self.dropout = nn.ModuleList(Dropout() for _ in hidden)
         self.out = nn.Linear(fields * widths[-1], 1)

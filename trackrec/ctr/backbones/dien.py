@@ -14,16 +14,16 @@ class DIEN(nn.Module):
     second objective, and every backbone here is trained under the same one (eq. 8).
 
     Args:
-        fields: F, and `size` D, of the fields [B, F, D]; an item's vector is 2 D.
+        fields: F, and `size` D, of the fields [B, F, D]; L earlier items [B, L, D].
         hidden: the deep network's layers.
     """
 
     def __init__(self, fields: int, size: int, hidden: tuple[int, ...]) -> None:
         super().__init__()
-        self.extract = GRUCell(2 * size, 2 * size)
-        self.relevance = nn.Linear(2 * size, 2 * size, bias=False)
-        self.evolve = GRUCell(2 * size, 2 * size)
-        self.deep = MLP(fields * size + 2 * size, hidden)
+        self.extract = GRUCell(size, size)
+        self.relevance = nn.Linear(size, size, bias=False)
+        self.evolve = GRUCell(size, size)
+        self.deep = MLP((fields + 1) * size, hidden)
         self.out = nn.Linear(hidden[-1], 1)
 
     def forward(self, x: Embedded) -> Tensor:

@@ -11,14 +11,14 @@ class DIN(nn.Module):
     """Interest = Σ_j a(e_j, target) e_j (eq. 3), not normalised, then a deep network beside the fields.
 
     Args:
-        fields: F, and `size` D, of the fields [B, F, D]; an item's vector is 2 D.
+        fields: F, and `size` D, of the fields [B, F, D]; L earlier items [B, L, D].
         hidden: the deep network's layers.
     """
 
     def __init__(self, fields: int, size: int, hidden: tuple[int, ...]) -> None:
         super().__init__()
-        self.attention = TargetAttention(2 * size)
-        self.deep = MLP(fields * size + 2 * size, hidden)
+        self.attention = TargetAttention(size)
+        self.deep = MLP((fields + 1) * size, hidden)
         self.out = nn.Linear(hidden[-1], 1)
 
     def forward(self, x: Embedded) -> Tensor:

@@ -12,12 +12,12 @@ class FiGNN(nn.Module):
 
     Args:
         fields: F, and `size` D, of the fields [B, F, D].
-        hidden: the first is the size of a node's state.
+        hidden: the last is the size of a node's state.
     """
 
     def __init__(self, fields: int, size: int, hidden: tuple[int, ...], heads: int = 2, steps: int = 3) -> None:
         super().__init__()
-        state = hidden[0]
+        state = hidden[-1]
         self.attention = FieldAttention(size, state, heads)
         self.graph = FieldGraph(fields, state, steps)
         self.dropout = Dropout()
