@@ -20,8 +20,8 @@ $(VENV)/.ready: requirements/dev.txt pyproject.toml
 	touch $@
 
 .PHONY: setup
-setup: $(VENV)/.ready ## Make .venv with the `trackrec` command; fetch the quick start's data and model
-	$(BIN)/trackrec fetch ml-100k smollm2-135m-instruct
+setup: $(VENV)/.ready ## Make .venv with the `trackrec` command; fetch the quick start's data and models
+	$(BIN)/trackrec fetch ml-100k smollm2-135m-instruct all-minilm-l6-v2
 
 .PHONY: quickstart
 quickstart: setup ## Run the whole of TrackRec on this machine, in minutes

@@ -27,7 +27,11 @@ IMAGE_OF = {
     "generate": "generate",
     "rec_tune": "train",
     "evaluate": "generate",
-    "compare": "data",
+    "tabulate": "data",
+    "encode": "rank",
+    "train_ctr": "rank",
+    "tabulate_ctr": "data",
+    "compare": "rank",
 }
 
 

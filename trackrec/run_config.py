@@ -5,16 +5,18 @@ or an impossible combination is refused with the key's path and what is allowed.
 asked of a pod is not part of what a stage computes.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from trackrec.config import (
+    Backbone,
     ContextsSettings,
     Count,
     DecodingSettings,
     DistillDataSettings,
     Domain,
+    EncodeSettings,
     EngineSettings,
     EvaluateSettings,
     IngestSettings,
@@ -28,6 +30,7 @@ from trackrec.config import (
     Settings,
     SftSettings,
     Text,
+    TrainCtrSettings,
     TrainingSettings,
     Version,
     unquoted,
@@ -47,6 +50,27 @@ class LoopSettings(Settings):
     validator_init: Literal["previous", "base"] = "previous"
     # Figure 1's controls (no RecCoT: zero-shot and tuned) and RecCoTs shuffled between users.
     controls: bool = True
+
+
+class RankingSettings(Settings):
+    """RecCoTs as a feature of ranking models (3.6): Table 2, Figure 5 and the controls."""
+
+    # Each is trained with and without the RecCoTs of the last iteration.
+    backbones: Annotated[list[Backbone], Field(min_length=1)] = list(get_args(Backbone))
+    # Of these backbones, also the controls: vectors of random numbers, of other users' RecCoTs, of the raw history.
+    controls_of: list[Backbone] = list(get_args(Backbone))
+    # Also trained on the RecCoTs of every earlier iteration (Figure 5; the paper takes DIN).
+    by_iteration_of: list[Backbone] = ["din"]
+
+    @model_validator(mode="after")
+    def _each_once_and_compared(self) -> Self:
+        for name in ("backbones", "controls_of", "by_iteration_of"):
+            given: list[Backbone] = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"`{name}` names a backbone twice")
+            if missing := [backbone for backbone in given if backbone not in self.backbones]:
+                raise ValueError(f"`{name}` names {', '.join(missing)}, which `backbones` lacks")
+        return self
 
 
 class Accelerator(Settings):
@@ -109,6 +133,10 @@ class StageResources(Settings):
     generate: Resources = Resources()
     rec_tune: Resources = Resources()
     evaluate: Resources = Resources()
+    tabulate: Resources = Resources()
+    encode: Resources = Resources()
+    train_ctr: Resources = Resources()
+    tabulate_ctr: Resources = Resources()
     compare: Resources = Resources()
 
 
@@ -130,9 +158,14 @@ class RunConfig(Settings):
     # part of the cache key. Local runs fill in the content hash themselves.
     raw_data_version: Version = ""
     base_model_version: Version = ""
+    # A BERT-family model in Hugging Face layout, e.g. bert-base-uncased, for `ranking`.
+    encoder: Text | None = None
+    encoder_version: Version = ""
     # Where the images lie; a stage's image is REGISTRY/IMAGE:STAGE-HASH.
     registry: Text = "trackrec"
     loop: LoopSettings = LoopSettings()
+    # Left out: the run ends with V's evaluations.
+    ranking: RankingSettings | None = None
     ingest: IngestSettings
     contexts: ContextsSettings
     distill_data: DistillDataSettings | None = None
@@ -144,6 +177,8 @@ class RunConfig(Settings):
     generate: DecodingSettings = DecodingSettings()
     rec_tune: RecTuneSettings = RecTuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    encode: EncodeSettings = EncodeSettings()
+    train_ctr: TrainCtrSettings = TrainCtrSettings()
     resources: StageResources = StageResources()
 
     @model_validator(mode="after")
@@ -152,6 +187,8 @@ class RunConfig(Settings):
             raise ValueError(
                 "`loop.distillation: true` needs `distill_data`; give it, or set `loop.distillation: false`"
             )
+        if self.ranking is not None and self.encoder is None:
+            raise ValueError("`ranking` needs `encoder`, a BERT-family model that turns RecCoTs into vectors; name one")
         for stage in ("sample", "score", "generate", "evaluate"):
             engine: EngineSettings = getattr(self, stage).engine
             accelerator: Accelerator | None = getattr(self.resources, stage).accelerator

@@ -1,50 +1,40 @@
 """The stage `compare` as Kubeflow sees it."""
 
 from kfp import dsl
-from kfp.dsl import Dataset, Input, Markdown, Metrics, Model, Output
+from kfp.dsl import HTML, Dataset, Input, Output
 
 from components import images
 
 
 @dsl.component(base_image=images.released("compare"), install_kfp_package=False)
 def compare(
-    label: str,
-    iteration: int,
-    kind: str,
-    metrics: Input[Metrics],
-    report: Output[Dataset],
-    table: Output[Markdown],
-    previous: Input[Dataset] = None,
-    rewards: Input[Dataset] = None,
-    generator: Input[Model] = None,
+    report: Input[Dataset],
+    contexts: Input[Dataset],
+    results: Output[Dataset],
+    page: Output[HTML],
+    before: Input[Dataset] = None,
+    after: Input[Dataset] = None,
 ) -> None:
-    """Adds one evaluation to the run's table (Figure 5's x-axis, with the controls and the baseline beside it).
-
-    The table grows along the pipeline, so each iteration's result shows as soon as it is there.
+    """Makes the final report: tables with significance tests, plots and examples, as one HTML page and as CSV.
 
     Args:
-        label: The row's name.
-        iteration: t of Algorithm 2; 0 is before the first alignment.
-        kind: `iteration` or `control`.
-        metrics: The evaluation.
-        report: The table so far as CSV, JSON and Markdown.
-        table: The same, drawn on the run's page.
-        previous: The report that this row is added to.
-        rewards: This iteration's table `rewards`.
-        generator: This iteration's G, for its preference accuracy.
+        report: The run's results, as `tabulate` and `tabulate_ctr` collected them.
+        contexts: Table `contexts`.
+        results: `report.html`, a CSV a table, and `rankings.md`.
+        page: The same page, drawn on the run's page.
+        before: Table `recots` of the first generator, for the examples.
+        after: Table `recots` of the last generator.
     """
+    import shutil
     from pathlib import Path
 
     from trackrec.stages import compare as stage
 
     stage.run(
-        label=label,
-        iteration=iteration,
-        kind=kind,
-        metrics=Path(metrics.path),
-        previous=Path(previous.path) if previous else None,
-        rewards=Path(rewards.path) if rewards else None,
-        generator=Path(generator.path) if generator else None,
         report=Path(report.path),
+        contexts=Path(contexts.path),
+        before=Path(before.path) if before else None,
+        after=Path(after.path) if after else None,
+        results=Path(results.path),
     )
-    Path(table.path).write_text((Path(report.path) / "report.md").read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.copyfile(Path(results.path) / "report.html", page.path)

@@ -22,7 +22,7 @@ def names(stage: str) -> set[str]:
 def test_every_stage_has_one_folder_one_image_and_one_section() -> None:
     folders = {path.parent.name for path in (ROOT / "components").glob("*/component.py")}
     assert folders == set(stages.STAGES) == set(StageResources.model_fields)
-    assert set(stages.STAGES) - {"compare"} <= set(RunConfig.model_fields)
+    assert set(stages.STAGES) - {"tabulate", "tabulate_ctr", "compare"} <= set(RunConfig.model_fields)
     for image in set(images.IMAGE_OF.values()):
         assert (ROOT / "images" / image / "Dockerfile").is_file(), image
 
@@ -83,4 +83,4 @@ def test_a_changed_source_changes_the_tags_of_the_stages_it_can_affect(tmp_path:
     template.write_text(template.read_text() + "changed")
     changed = {stage for stage, tag in tags().items() if tag != after[stage]}
     assert {"sample", "score", "generate", "rec_tune", "evaluate", "distill_data"} <= changed
-    assert not {"ingest", "preferences", "compare"} & changed
+    assert not {"ingest", "preferences", "tabulate"} & changed

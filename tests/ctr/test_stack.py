@@ -13,8 +13,9 @@ from sklearn.metrics import roc_auc_score
 from trackrec.ctr.backbones import BACKBONES
 from trackrec.ctr.embedding import Batch
 from trackrec.ctr.features import Dataset, dataset
+from trackrec.ctr.ranker import build
 from trackrec.ctr.stack import Hyper, Stack
-from trackrec.ctr.training import build, train
+from trackrec.ctr.training import train
 
 HYPERS = [Hyper(3, 0.01, 0.0, 0.0), Hyper(4, 0.02, 0.3, 1e-3), Hyper(5, 0.005, 0.1, 1e-4)]
 SHAPE: dict[str, Any] = {"size": 4, "hidden": (8, 6)}

@@ -137,7 +137,7 @@ def test_refusals_only_are_an_error(tmp_path: Path, contexts: Path) -> None:
             distill_data.run(settings, contexts=contexts, recots=tmp_path / "out")
 
 
-@pytest.mark.parametrize("stage", ["distill_data", "preferences", "compare"])
+@pytest.mark.parametrize("stage", ["distill_data", "preferences", "tabulate", "tabulate_ctr"])
 def test_the_data_image_needs_no_torch(stage: str) -> None:
     heavy = "{'torch', 'transformers', 'sklearn'}"
     code = f"import sys; import trackrec.stages.{stage}; assert not {heavy} & set(sys.modules), sorted(sys.modules)"

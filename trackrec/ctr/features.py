@@ -5,6 +5,7 @@ than `min_rows` times, or not at all, is UNKNOWN, in training too, so that UNKNO
 attributes, an unknown user history and RecCoT.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,16 @@ _FIRST = UNKNOWN + 1
 
 
 @dataclass(frozen=True)
+class Names:
+    """What has a number of its own, in the order of the numbers, which begin after UNKNOWN."""
+
+    users: list[str]
+    items: list[str]
+    attributes: list[str]
+    ratings: list[float]
+
+
+@dataclass(frozen=True)
 class Dataset:
     """All rows as tensors, and what they share."""
 
@@ -32,6 +43,7 @@ class Dataset:
     item_train_rows: np.ndarray  # [R]
     tables: Tables
     vocabulary: Vocabulary
+    names: Names
 
     def of_split(self, split: str) -> Tensor:
         """The numbers of a split's rows."""
@@ -59,15 +71,22 @@ def dataset(
     train = split == "train"
     if not train.any():
         raise ValueError("the interactions have no row in split 'train': there is nothing to train on")
-    user, users = _numbers(interactions["user_id"], train, min_rows)
-    _, known_items = _numbers(interactions["item_id"], train, min_rows)
+    users = _known(interactions["user_id"], train, min_rows)
+    known_items = _known(interactions["item_id"], train, min_rows)
     catalogue = sorted(items["item_id"].to_pylist())
-    item = _lookup(interactions["item_id"], catalogue)
     history, history_rating, ratings = _histories(interactions["history"], catalogue, history_length)
     attributes, item_attributes = _attributes(items, catalogue, set(known_items))
     own_item = np.concatenate([[NONE, UNKNOWN], _lookup(pa.array(catalogue, pa.string()), known_items)])
+    columns = (
+        _lookup(interactions["user_id"], users),
+        _lookup(interactions["item_id"], catalogue),
+        history,
+        history_rating,
+        recot.astype(np.int64),
+    )
+    names = Names(users, known_items, attributes, ratings)
     return Dataset(
-        rows=Batch(*(torch.from_numpy(a) for a in (user, item, history, history_rating, recot.astype(np.int64)))),
+        rows=Batch(*(torch.from_numpy(column) for column in columns)),
         labels=torch.from_numpy(interactions["label"].to_numpy().astype(np.float32)),
         split=split,
         row_id=interactions["row_id"].to_numpy(),
@@ -78,10 +97,11 @@ def dataset(
         vocabulary=Vocabulary(
             users=len(users) + _FIRST,
             items=len(known_items) + _FIRST,
-            attributes=attributes + _FIRST,
-            ratings=ratings + _FIRST,
+            attributes=len(attributes) + _FIRST,
+            ratings=len(ratings) + _FIRST,
             vector_width=vectors.shape[1],
         ),
+        names=names,
     )
 
 
@@ -101,9 +121,8 @@ def recot_of_rows(
     }
     # Of equal histories one context is kept; whoever shares it finds it through an example of its own.
     moments: dict[str, list[tuple[int, int]]] = {}
-    for context_id, user_id, as_of in zip(
-        *(contexts[name].to_pylist() for name in ("context_id", "user_id", "as_of")), strict=True
-    ):
+    columns = (contexts[name].to_pylist() for name in ("context_id", "user_id", "as_of"))
+    for context_id, user_id, as_of in zip(*columns, strict=True):
         if context_id in number:
             moments.setdefault(user_id, []).append((as_of, number[context_id]))
     for seen in moments.values():
@@ -111,20 +130,21 @@ def recot_of_rows(
     found = np.full(len(interactions), NONE, dtype=np.int64)
     columns = (interactions[name].to_pylist() for name in ("row_id", "user_id", "timestamp"))
     for place, (row_id, user_id, timestamp) in enumerate(zip(*columns, strict=True)):
+        seen = moments.get(user_id, [])
+        # (timestamp,) sorts before every (timestamp, number): what lies left of it is strictly older.
+        older = bisect_left(seen, (timestamp,))
         if row_id in own:
             found[place] = own[row_id]
-            continue
-        older = [known for as_of, known in moments.get(user_id, ()) if as_of < timestamp]
-        if older:
-            found[place] = older[-1]
+        elif older:
+            found[place] = seen[older - 1][1]
     return found
 
 
-def _numbers(column: pa.ChunkedArray, train: np.ndarray, min_rows: int) -> tuple[np.ndarray, list[str]]:
-    """Each value's number, and the values that have one of their own, in the order of their numbers."""
+def _known(column: pa.ChunkedArray, train: np.ndarray, min_rows: int) -> list[str]:
+    """The values that have a number of their own, in its order."""
     values, counts = np.unique(column.to_numpy(zero_copy_only=False)[train].astype(str), return_counts=True)
-    known = values[counts >= min_rows].tolist()
-    return _lookup(column, known), known
+    known: list[str] = values[counts >= min_rows].tolist()
+    return known
 
 
 def _lookup(column: pa.ChunkedArray | pa.Array, known: Iterable[str]) -> np.ndarray:
@@ -132,8 +152,10 @@ def _lookup(column: pa.ChunkedArray | pa.Array, known: Iterable[str]) -> np.ndar
     return pc.fill_null(pc.add(places, _FIRST), UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _histories(column: pa.ChunkedArray, catalogue: list[str], length: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Items and ratings of the newest `length` earlier rows, [R, length] each, and how many ratings there are.
+def _histories(
+    column: pa.ChunkedArray, catalogue: list[str], length: int
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Items and ratings of the newest `length` earlier rows, [R, length] each, and the ratings there are.
 
     A rating's number is its place among the ratings seen; without ratings the label's stands for it.
     """
@@ -150,12 +172,12 @@ def _histories(column: pa.ChunkedArray, catalogue: list[str], length: int) -> tu
     inside = np.arange(length) < kept[:, None]
     places = np.where(inside, places, 0)
     if not len(items):
-        return np.zeros_like(places), np.zeros_like(places), 0
-    return np.where(inside, items[places], NONE), np.where(inside, ratings[places], NONE), len(values)
+        return np.zeros_like(places), np.zeros_like(places), []
+    return np.where(inside, items[places], NONE), np.where(inside, ratings[places], NONE), values.tolist()
 
 
-def _attributes(items: pa.Table, catalogue: list[str], known_items: set[str]) -> tuple[int, np.ndarray]:
-    """How many attributes there are, and those of each item of the catalogue, [catalogue, most], NONE after the last.
+def _attributes(items: pa.Table, catalogue: list[str], known_items: set[str]) -> tuple[list[str], np.ndarray]:
+    """The attributes there are, and those of each item of the catalogue, [catalogue, most], NONE after the last.
 
     An attribute that no known item has learns nothing, so it is left out.
     """
@@ -166,7 +188,7 @@ def _attributes(items: pa.Table, catalogue: list[str], known_items: set[str]) ->
     table = np.full((len(catalogue) + _FIRST, max(1, max(map(len, own), default=1))), NONE, dtype=np.int64)
     for place, numbers in enumerate(own, start=_FIRST):
         table[place, : len(numbers)] = numbers
-    return len(number), table
+    return names, table
 
 
 def _train_rows(column: pa.ChunkedArray, train: np.ndarray) -> np.ndarray:

@@ -6,35 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
+from torch import Tensor
 
-from trackrec.ctr.backbones import BACKBONES
-from trackrec.ctr.embedding import Batch, FieldEmbedding, Tables, Vocabulary
+from trackrec.config import Backbone
 from trackrec.ctr.features import Dataset
+from trackrec.ctr.ranker import build
 from trackrec.ctr.stack import Hyper, Stack
 
 # Rows predicted at once: bounds memory.
 _CHUNK = 4096
-# user, item, attributes, history
-_FIELDS = 4
-
-
-class Ranker(nn.Module):
-    """ŷ = R(x, M(e^p)) (eq. 8): the fields, then a backbone.
-
-    Args:
-        size: D, of a field. hidden: the backbone's layers.
-    """
-
-    def __init__(self, backbone: str, vocabulary: Vocabulary, size: int, hidden: tuple[int, ...]) -> None:
-        super().__init__()
-        self.embedding = FieldEmbedding(vocabulary, size)
-        self.backbone = BACKBONES[backbone](_FIELDS + (vocabulary.vector_width > 0), size, hidden)
-
-    def forward(self, batch: Batch, tables: Tables) -> Tensor:
-        """[B] logits."""
-        logits: Tensor = self.backbone(self.embedding(batch, tables))
-        return logits
 
 
 @dataclass
@@ -48,16 +28,9 @@ class Trained:
     scores: np.ndarray  # float64: P(liked) of the rows asked for, in their order
 
 
-def build(backbone: str, vocabulary: Vocabulary, size: int, hidden: tuple[int, ...], seed: int) -> Ranker:
-    """A new model; its initial weights follow from the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Ranker(backbone, vocabulary, size, hidden)
-
-
 def train(
     data: Dataset,
-    backbone: str,
+    backbone: Backbone,
     hypers: Sequence[Hyper],
     *,
     size: int,

@@ -98,6 +98,10 @@ TABLES: dict[str, pa.Schema] = {
         ]
     ),
     "predictions": pa.schema([("row_id", pa.int64()), ("score", pa.float64())]),
+    # e^p (eq. 7): one vector a context, all of one width.
+    "vectors": pa.schema([("context_id", pa.string()), ("vector", pa.list_(pa.float32()))]),
+    # A ranker's P(liked), under each of its seeds.
+    "ranked": pa.schema([("row_id", pa.int64()), ("seed", pa.int32()), ("score", pa.float64())]),
 }
 
 

@@ -7,13 +7,11 @@ LogLoss  mean of -ln(probability given to the label); scores are clipped to floa
 ECE      expected calibration error over equal-width bins: sum over bins of share of rows x |mean label - mean score|.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
-from trackrec.config import EvaluateSettings
+from trackrec.config import EvaluateSettings, TrainCtrSettings
 from trackrec.evaluation.results import Measures, SliceName
 
 Floats = npt.NDArray[np.float64]
@@ -25,7 +23,7 @@ _CELLS = 4_000_000
 
 
 def slices(
-    user_train_rows: Sequence[int], item_train_rows: Sequence[int], settings: EvaluateSettings
+    user_train_rows: npt.ArrayLike, item_train_rows: npt.ArrayLike, settings: EvaluateSettings | TrainCtrSettings
 ) -> dict[SliceName, Mask]:
     """Which rows belong to which slice, by the train rows of each row's user and item.
 
@@ -42,7 +40,13 @@ def slices(
 
 
 def measure(
-    labels: Sequence[int], scores: Sequence[float], users: Sequence[str], *, bins: int, seed: int = 0
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    users: npt.ArrayLike,
+    *,
+    bins: int,
+    interval: bool = True,
+    seed: int = 0,
 ) -> Measures:
     """All metrics of one slice.
 
@@ -51,6 +55,7 @@ def measure(
         scores: P(liked), in [0, 1].
         users: the user of each row.
         bins: of the calibration error.
+        interval: whether to bootstrap AUC's interval; it takes far longer than all else.
         seed: of the bootstrap.
 
     Raises:
@@ -75,11 +80,12 @@ def measure(
         found.absent = dict.fromkeys(("auc", "uauc"), f"all rows have label {y[0]}")
         return found
     found.auc = float(roc_auc_score(y, p))
-    interval = auc_interval(y, p, u, seed=seed)
-    if interval is None:
-        found.absent["auc_low"] = found.absent["auc_high"] = "fewer than two users"
+    limits = auc_interval(y, p, u, seed=seed) if interval else None
+    if limits is not None:
+        found.auc_low, found.auc_high = limits
     else:
-        found.auc_low, found.auc_high = interval
+        reason = "fewer than two users" if interval else "not bootstrapped: see the spread over the seeds"
+        found.absent["auc_low"] = found.absent["auc_high"] = reason
     per_user = user_aucs(y, p, u)
     found.uauc_users = len(per_user)
     if per_user:

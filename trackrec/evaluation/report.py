@@ -9,12 +9,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+from trackrec.evaluation.rankings import Ranking
 from trackrec.evaluation.results import Evaluation
 
 REPORT_JSON, REPORT_CSV, REPORT_MD = "report.json", "report.csv", "report.md"
 ABSENT = "–"
 
 Kind = Literal["baseline", "control", "iteration"]
+# Algorithm 2 whole, or without one part: preference alignment (Table 6), distillation (Table 7), iterating (T = 1).
+Variant = Literal["full", "no alignment", "no distillation", "no iteration"]
 
 
 class Row(BaseModel):
@@ -24,6 +27,8 @@ class Row(BaseModel):
 
     label: str
     kind: Kind
+    # Which loop it comes from, where an ablation runs several ("full" is Algorithm 2 whole).
+    variant: Variant = "full"
     # t of Algorithm 2; the baseline has none.
     iteration: int | None = None
     # Mean r_ij (eq. 1) of the samples that iteration t learned from: G's and V's of t - 1.
@@ -45,8 +50,21 @@ class Row(BaseModel):
     cut: float | None = None
 
 
+class RankedBy(BaseModel):
+    """A backbone's result, and the G whose RecCoTs it read; `iteration` is null where it read none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    variant: Variant
+    iteration: int | None
+    ranking: Ranking
+
+
 class Report(BaseModel):
-    """`report.json`. All rows are measured on the same `examples` examples of `users` users in `split`."""
+    """`report.json`. All rows are measured on the same `examples` examples of `users` users in `split`.
+
+    `rankings` are measured on all rows of their split, not on the examples alone.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -55,6 +73,7 @@ class Report(BaseModel):
     positives: int
     users: int
     rows: list[Row]
+    rankings: list[RankedBy] = []
 
 
 # Heading, field, format of each column; an AUC is shown with its interval, an accuracy with its number of sets.
@@ -73,7 +92,7 @@ _COLUMNS: list[tuple[str, str, str]] = [
 ]
 
 
-def row_of(evaluation: Evaluation, *, label: str, kind: Kind, iteration: int) -> Row:
+def row_of(evaluation: Evaluation, *, label: str, kind: Kind, iteration: int, variant: Variant = "full") -> Row:
     """The evaluation's part of a row; rewards and preferences are the caller's to add."""
     overall, long_tail = evaluation.validator["overall"], evaluation.validator["long_tail"]
     measures = overall.model_dump(include={"auc", "auc_low", "auc_high", "uauc", "acc", "log_loss", "ece"})
@@ -81,6 +100,7 @@ def row_of(evaluation: Evaluation, *, label: str, kind: Kind, iteration: int) ->
         label=label,
         kind=kind,
         iteration=iteration,
+        variant=variant,
         long_tail_auc=long_tail.auc,
         mean_tokens=evaluation.mean_tokens,
         cut=evaluation.cut,
@@ -101,13 +121,19 @@ def start(evaluation: Evaluation) -> Report:
     )
 
 
+def empty(split: str) -> Report:
+    """A report without evaluations of V, for rankers alone."""
+    return Report(split=split, examples=0, positives=0, users=0, rows=[])
+
+
 def add(report: Report, evaluation: Evaluation, row: Row) -> Report:
     """
     Raises:
         ValueError: the evaluation was made on other examples than the report's rows, or the label is taken.
     """
     expected = start(evaluation)
-    if report.model_dump(exclude={"rows"}) != expected.model_dump(exclude={"rows"}) or report.rows[:1] != expected.rows:
+    own = {"rows", "rankings"}
+    if report.model_dump(exclude=own) != expected.model_dump(exclude=own) or report.rows[:1] != expected.rows:
         raise ValueError(
             f"{row.label!r} is evaluated on other examples than the report's rows: {expected.examples} of split "
             f"{expected.split!r} against {report.examples} of {report.split!r}. Evaluate both on the same examples."
@@ -115,6 +141,30 @@ def add(report: Report, evaluation: Evaluation, row: Row) -> Report:
     if row.label in {other.label for other in report.rows}:
         raise ValueError(f"the report has a row {row.label!r} already; give this one another label")
     return report.model_copy(update={"rows": [*report.rows, row]})
+
+
+def add_ranking(report: Report, found: RankedBy) -> Report:
+    """
+    Raises:
+        ValueError: another result of the same backbone, feature, variant and iteration is there, or the rankings so far
+            are measured on other rows.
+    """
+    ranking = found.ranking
+    for other in report.rankings:
+        if _arm(other) == _arm(found):
+            if other == found:
+                return report
+            raise ValueError(f"the report has another result of {' '.join(map(str, _arm(found)))} already")
+        if (other.ranking.split, other.ranking.rows) != (ranking.split, ranking.rows):
+            raise ValueError(
+                f"{ranking.backbone} is measured on {ranking.rows} rows of split {ranking.split!r}, the rankings so "
+                f"far on {other.ranking.rows} of {other.ranking.split!r}. Train all on the same interactions."
+            )
+    return report.model_copy(update={"rankings": [*report.rankings, found]})
+
+
+def _arm(found: RankedBy) -> tuple[str, str, str, int | None]:
+    return found.ranking.backbone, found.ranking.feature, found.variant, found.iteration
 
 
 def write(directory: Path, report: Report) -> None:

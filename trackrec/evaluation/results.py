@@ -1,4 +1,4 @@
-"""What an evaluation found, as it lies in `metrics.json`. Needs no scikit-learn: `compare`'s image has none."""
+"""What an evaluation found, as it lies in `metrics.json`. Needs no scikit-learn: `tabulate`'s image has none."""
 
 from pathlib import Path
 from typing import Literal

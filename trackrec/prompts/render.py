@@ -33,7 +33,7 @@ class PromptError(ValueError):
 
 def cot_prompt(domain: Domain, history: Sequence[ShownItem]) -> str:
     """prompt^CoT: asks G for a RecCoT, a summary of the user's preference."""
-    return _template(f"{domain}_cot").render(history=_history(domain, history))
+    return _template(f"{domain}_cot").render(history=shown_history(domain, history))
 
 
 def rec_prompt(domain: Domain, history: Sequence[ShownItem], title: str, recot: str | None) -> str:
@@ -46,7 +46,7 @@ def rec_pieces(domain: Domain, history: Sequence[ShownItem], title: str, recot: 
     [history, target item and rest]. Tokenised piece by piece, prompts with equal first pieces share a prefix exactly.
     """
     text = _template(f"{domain}_rec").render(
-        history=_history(domain, history),
+        history=shown_history(domain, history),
         title=json.dumps(neutralise_title(title), ensure_ascii=False),
         recot=None if recot is None else neutralise_recot(recot),
         cut=_CUT,
@@ -54,8 +54,8 @@ def rec_pieces(domain: Domain, history: Sequence[ShownItem], title: str, recot: 
     return text.split(_CUT)
 
 
-def _history(domain: Domain, history: Sequence[ShownItem]) -> str:
-    """Items as Figure 4 shows them."""
+def shown_history(domain: Domain, history: Sequence[ShownItem]) -> str:
+    """A history as Figure 4 shows it: [title, feedback], ..."""
     shown = (f"[{_quoted(neutralise_title(item['title']))}, {_feedback(domain, item)}]" for item in history)
     return ", ".join(shown) or "none yet"
 

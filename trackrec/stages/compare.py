@@ -1,65 +1,197 @@
-"""One more row in the run's table: iterations, controls and the baseline side by side (Figure 5)."""
+"""The run's final report: the paper's tables and figures of its own numbers, tested, with what does not hold as plain."""
 
+import csv
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Literal
+from typing import Any, get_args
 
-from pydantic import BaseModel
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from trackrec import storage
 from trackrec.data import schema
+from trackrec.evaluation import page, plots, tables
 from trackrec.evaluation import report as reports
-from trackrec.evaluation import results
+from trackrec.evaluation.report import RankedBy, Report
+from trackrec.evaluation.tables import Effect, Metric, Table
+from trackrec.prompts.render import ShownItem
+
+PAGE, MARKDOWN = "report.html", "rankings.md"
 
 
-class _Row(BaseModel):
-    """What tells this row from the others; it goes into the manifest as the stage's settings."""
+class _Settings(BaseModel):
+    """What a reader sees of the examples; it goes into the manifest as the stage's settings."""
 
-    label: str
-    iteration: int
-    kind: Literal["control", "iteration"]
+    model_config = ConfigDict(extra="forbid")
+
+    examples: PositiveInt
+    # What is longer is cut, and the page says so.
+    characters: PositiveInt = 2000
+    # The last so many items of a history.
+    items: PositiveInt = 15
 
 
 def run(
     *,
-    label: str,
-    iteration: int,
-    kind: str,
-    metrics: Path,
     report: Path,
-    previous: Path | None = None,
-    rewards: Path | None = None,
-    generator: Path | None = None,
+    contexts: Path,
+    results: Path,
+    before: Path | None = None,
+    after: Path | None = None,
+    examples: int = 5,
 ) -> None:
-    """Writes the rows of `previous` and one more to `report.json`, `report.csv` and `report.md`.
+    """Writes `report.html`, `rankings.md` and the CSV files of the tables that the report has runs for.
 
     Args:
-        metrics: the evaluation that the row is about.
-        previous: the report so far; without one, the report begins with the baseline.
-        rewards: for the row's mean reward.
-        generator: the aligned G, for the preference accuracy that its training measured.
+        report: the run's whole report.
+        contexts: the histories of the examples.
+        before, after: table `recots`, G's texts before the first alignment and after the last; without both the page
+            has no examples.
+        examples: how many of their common contexts the page shows, the first by id.
+
+    Facts: `tables`, `tests`, `better`, `worse`, `not_told_apart` (distinct tests by outcome), `examples`.
 
     Raises:
-        ValueError: `previous` was measured on other examples, or has a row of this label.
+        ValueError: a context of `before` and `after` is not in `contexts`.
     """
-    settings = _Row.model_validate({"label": label, "iteration": iteration, "kind": kind})
-    given = {"previous": previous, "rewards": rewards, "generator": generator}
-    inputs = {"metrics": metrics} | {name: path for name, path in given.items() if path is not None}
-    with storage.publish("compare", settings, inputs=inputs, outputs={"report": report}) as job:
-        evaluation = results.read(metrics)
-        row = reports.row_of(evaluation, label=label, kind=settings.kind, iteration=iteration)
-        if rewards is not None:
-            row.mean_reward = _mean_reward(rewards)
-        if generator is not None:
-            facts = storage.read_manifest(generator).facts
-            row.preference_accuracy, row.held_out_sets = facts.get("preference_accuracy"), facts.get("held_out")
-        before = reports.start(evaluation) if previous is None else reports.read(previous)
-        whole = reports.add(before, evaluation, row)
-        reports.write(job.outputs["report"], whole)
-        job.facts["rows"] = len(whole.rows)
+    settings = _Settings(examples=examples)
+    given = {"before": before, "after": after}
+    inputs = {"report": report, "contexts": contexts} | {n: path for n, path in given.items() if path is not None}
+    with storage.publish("compare", settings, inputs=inputs, outputs={"results": results}) as job:
+        found = reports.read(report)
+        compared = tables.tables(found)
+        shown = _examples(settings, contexts, before, after) if before and after else []
+        out = job.outputs["results"]
+        (out / PAGE).write_text(page.render(found, shown), encoding="utf-8")
+        (out / MARKDOWN).write_text(markdown(compared), encoding="utf-8")
+        for name, rows in _files(found, compared):
+            _write(out / f"{name}.csv", rows)
+        effects = {effect for table in compared for effect in table.effects if effect.test}
+        outcomes = [effect.outcome for effect in effects]
+        job.facts |= {"tables": len(compared), "tests": len(effects), "examples": len(shown)}
+        job.facts |= {name.replace(" ", "_"): outcomes.count(name) for name in ("better", "worse", "not told apart")}
 
 
-def _mean_reward(rewards: Path) -> float:
-    """Over all rows (an example and a sample each)."""
-    rows: list[dict[str, Any]] = schema.rows(rewards, "rewards", ["reward"])
-    return fmean(row["reward"] for row in rows)
+def markdown(compared: list[Table]) -> str:
+    """Table 2, the controls and every verdict as GitHub Markdown, for the terminal."""
+    lines = []
+    for table in compared:
+        lines += [f"## {table.title}", ""]
+        if table.name in ("table2", "controls"):
+            heads = [f"{tables.METRICS[metric]} {side}" for metric in table.metrics for side in ("base", "ours")]
+            lines += [f"| | base | {' | '.join(heads)} |", "| :--- | :--- |" + " ---: |" * len(heads)]
+            for line in table.lines:
+                cells = [f"{tables.shown(e.base)} | {tables.shown(e.ours)}{e.mark.replace('*', r'\*')}" for e in line]
+                lines.append(f"| {line[0].model} | {line[0].base_name} | {' | '.join(cells)} |")
+            lines.append("")
+        lines += [*(f"- {sentence}" for sentence in [*table.verdicts, *table.absences]), ""]
+    lines += [
+        "\\* better, p < 0.001; + better, p < 0.05; − worse, p < 0.05 (LogLoss: lower is better). "
+        + tables.multiplicity(compared)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _examples(settings: _Settings, contexts: Path, before: Path, after: Path) -> list[page.Shown]:
+    """The first contexts by id that both tables have: an order that knows nothing of the texts."""
+    texts = [_greedy(before), _greedy(after)]
+    names = sorted(texts[0].keys() & texts[1].keys())[: settings.examples]
+    table = schema.read(contexts, "contexts", ["context_id", "history"])
+    chosen = table.filter(pc.is_in(table["context_id"], pa.array(names, pa.string()))).to_pylist()
+    histories: dict[str, list[ShownItem]] = {row["context_id"]: row["history"] for row in chosen}
+    if missing := [name for name in names if name not in histories]:
+        raise ValueError(f"{contexts} lacks context {missing[0]}, which {before} and {after} have")
+    return [
+        page.Shown(
+            name,
+            [_line(item) for item in histories[name][-settings.items :]],
+            max(0, len(histories[name]) - settings.items),
+            *(page.cut(side[name], settings.characters) for side in texts),
+        )
+        for name in names
+    ]
+
+
+def _greedy(recots: Path) -> dict[str, str]:
+    rows = schema.rows(recots, "recots", ["context_id", "sample", "text"])
+    return {row["context_id"]: row["text"] for row in rows if row["sample"] == 0}
+
+
+def _line(item: ShownItem) -> str:
+    rated = "" if item["rating"] is None else f", rated {item['rating']:g}"
+    return f"{item['title']} ({'liked' if item['label'] else 'not liked'}{rated})"
+
+
+def _files(report: Report, compared: list[Table]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each file's stem and rows; what has no row gets no file."""
+    for table in compared:
+        yield table.name, [_effect(effect) for effect in table.effects]
+    yield "figure5", [_point(curve, point) for curve in plots.curves(report) for point in curve.points]
+    yield "tokens", [row.model_dump(include={"iteration", "mean_tokens", "cut"}) for row in plots.tokens(report)]
+    yield "rankings", [row for found in report.rankings for row in _measures(found)]
+    yield "hyperparameters", [row for found in report.rankings for row in _searched(found)]
+
+
+def _effect(effect: Effect) -> dict[str, Any]:
+    test, base, ours = effect.test, effect.base_interval or ("", ""), effect.ours_interval or ("", "")
+    return {
+        "model": effect.model,
+        "slice": effect.slice,
+        "metric": effect.metric,
+        "base_name": effect.base_name,
+        "ours_name": effect.ours_name,
+        "base": effect.base,
+        "ours": effect.ours,
+        "difference": effect.difference,
+        "outcome": effect.outcome,
+        "mark": effect.mark,
+        "seeds": test.seeds if test else 1,
+        "base_std": test.base_std if test else None,
+        "ours_std": test.ours_std if test else None,
+        # The difference's, over seeds; V has one of each side instead, over users.
+        "low": test.low if test else None,
+        "high": test.high if test else None,
+        "p_value": test.p_value if test else None,
+        "base_low": base[0],
+        "base_high": base[1],
+        "ours_low": ours[0],
+        "ours_high": ours[1],
+        "reason": effect.reason,
+    }
+
+
+def _point(curve: plots.Curve, point: plots.CurvePoint) -> dict[str, Any]:
+    about = {"model": curve.model, "metric": curve.metric, "iteration": point.iteration}
+    numbers = {"value": point.value, "low": point.low, "high": point.high}
+    return about | numbers | {"spread": curve.spread, "base_name": curve.base_name, "base": curve.base}
+
+
+def _arm(found: RankedBy) -> dict[str, Any]:
+    ranking = found.ranking
+    arm = {"variant": found.variant, "iteration": found.iteration}
+    return arm | {"backbone": ranking.backbone, "feature": ranking.feature}
+
+
+def _measures(found: RankedBy) -> Iterator[dict[str, Any]]:
+    for result in found.ranking.seeds:
+        for where, measures in result.slices.items():
+            for metric in (*get_args(Metric), "ece"):
+                about = {"seed": result.seed, "slice": where, "metric": metric}
+                reason = measures.absent.get(metric, "")
+                yield _arm(found) | about | {"value": getattr(measures, metric), "reason": reason}
+
+
+def _searched(found: RankedBy) -> Iterator[dict[str, Any]]:
+    for point in found.ranking.searched:
+        yield _arm(found) | {"chosen": point == found.ranking.chosen} | point.model_dump()
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    rows = list(rows)
+    if not rows:
+        return
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

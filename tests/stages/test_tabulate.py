@@ -10,7 +10,7 @@ from tests.tables import publish
 from trackrec import storage
 from trackrec.evaluation import report, results
 from trackrec.evaluation.results import Evaluation, Measures
-from trackrec.stages import compare
+from trackrec.stages import tabulate
 
 
 def evaluation(auc: float | None, *, rows: int = 40, mean_tokens: float | None = 61.25) -> Evaluation:
@@ -39,7 +39,16 @@ def metrics(directory: Path, found: Evaluation) -> Path:
 def row(root: Path, label: str, found: Evaluation, previous: Path | None = None, **inputs: Path) -> Path:
     out = root / label
     given = metrics(root / f"{label}-metrics", found)
-    compare.run(label=label, iteration=1, kind="iteration", metrics=given, previous=previous, report=out, **inputs)
+    tabulate.run(
+        label=label,
+        iteration=1,
+        kind="iteration",
+        variant="full",
+        metrics=given,
+        previous=previous,
+        report=out,
+        **inputs,
+    )
     return out
 
 
@@ -113,7 +122,7 @@ def test_as_many_but_other_examples_are_told_by_their_baseline(tmp_path: Path, t
 
 def test_a_label_comes_once(tmp_path: Path, two_rows: Path) -> None:
     with pytest.raises(ValueError, match="has a row 'iteration 1' already"):
-        compare.run(
+        tabulate.run(
             label="iteration 1",
             iteration=2,
             kind="iteration",

@@ -1,0 +1,62 @@
+"""What each part of TrackRec is worth (paper 4.4): the loop whole, and without alignment, distillation or iterating.
+
+One DAG: what two variants have in common is one task, and what `pipelines/trackrec.py` has run under the same config
+comes from the cache.
+"""
+
+from kfp import dsl
+from kfp.dsl.graph_component import GraphComponent
+
+from pipelines.loop import Loop
+from pipelines.placement import imported
+from pipelines.preparation import prepared
+from pipelines.ranking import Ranking, reported
+from trackrec.run_config import RunConfig
+
+
+def build(config: RunConfig) -> GraphComponent:
+    """The pipeline, with the parameters of `pipelines/trackrec.py`.
+
+    Raises:
+        ValueError: the config leaves out what is to be ablated: distillation, or iterating.
+    """
+    last = config.loop.iterations
+    if not config.loop.distillation or last < 2:
+        raise ValueError("the pipeline `ablations` needs `loop.distillation: true` and `loop.iterations` of 2 or more")
+
+    @dsl.pipeline(name=f"{config.name}-ablations", description=__doc__)
+    def ablations(
+        raw_data: str = config.raw_data,
+        base_model: str = config.base_model,
+        encoder: str = config.encoder or "",
+        raw_data_version: str = config.raw_data_version,
+        base_model_version: str = config.base_model_version,
+        encoder_version: str = config.encoder_version,
+    ) -> None:
+        base = imported(base_model, base_model_version, dsl.Model, "base model")
+        tables = prepared(config, imported(raw_data, raw_data_version, dsl.Dataset, "raw data"))
+
+        full = Loop(config, base, tables, train_texts_of_first_generator=True)
+        turns = full.alternate(full.distilled())
+        # Table 6, without M_c: G stays as distilled, and V is tuned on its texts, as often as in the whole loop.
+        unaligned = Loop(config, base, tables, variant="no alignment", report=full.report)
+        validator = unaligned.tuned_as_often(turns.recots[0])
+        unaligned.evaluated(f"iteration {last}", last, "iteration", validator=validator, recots=turns.recots[0])
+        # Table 7, without M_d: G begins as the base model.
+        undistilled = Loop(config, base, tables, variant="no distillation", report=unaligned.report)
+        others = undistilled.alternate(base)
+        # T = 1: the whole loop's first iteration.
+        single = Loop(config, base, tables, variant="no iteration", report=undistilled.report)
+        single.tabulated("iteration 1", 1, "iteration", turns.evaluations[1])
+
+        report = single.report
+        if config.ranking is not None:
+            ranking = Ranking(config, imported(encoder, encoder_version, dsl.Model, "encoder"), tables)
+            ranked = config.ranking.by_iteration_of or config.ranking.backbones
+            report = ranking.compared(turns.recots[last], last, ranked, report)
+            report = ranking.compared(turns.recots[0], 0, ranked, report, variant="no alignment")
+            report = ranking.compared(others.recots[last], last, ranked, report, variant="no distillation")
+            report = ranking.compared(turns.recots[1], 1, ranked, report, variant="no iteration")
+        reported(config, report, tables.contexts, turns.recots[0], turns.recots[last])
+
+    return ablations

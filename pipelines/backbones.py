@@ -1,0 +1,45 @@
+"""Finished RecCoTs as a feature of ranking models (paper 3.6, Table 2): another encoder, grid or set of backbones."""
+
+from kfp import dsl
+from kfp.dsl.graph_component import GraphComponent
+
+from pipelines.placement import imported
+from pipelines.preparation import Tables
+from pipelines.ranking import Ranking, reported
+from trackrec.run_config import RunConfig
+
+
+def build(config: RunConfig) -> GraphComponent:
+    """The pipeline; the tables of a finished run are parameters.
+
+    Raises:
+        ValueError: the config has no `ranking`.
+    """
+    ranked = config.ranking
+    if ranked is None:
+        raise ValueError("the pipeline `backbones` needs `ranking` in the config")
+
+    @dsl.pipeline(name=f"{config.name}-backbones", description=__doc__)
+    def backbones(
+        interactions: str,
+        items: str,
+        contexts: str,
+        examples: str,
+        recots: str,
+        encoder: str = config.encoder or "",
+        # Kubeflow's cache does not look into what the addresses name: change these when it changes.
+        version: str = "",
+        encoder_version: str = config.encoder_version,
+    ) -> None:
+        tables = Tables(
+            imported(interactions, version, dsl.Dataset, "interactions"),
+            imported(items, version, dsl.Dataset, "items"),
+            imported(contexts, version, dsl.Dataset, "contexts"),
+            imported(examples, version, dsl.Dataset, "examples"),
+        )
+        texts = imported(recots, version, dsl.Dataset, "recots")
+        ranking = Ranking(config, imported(encoder, encoder_version, dsl.Model, "encoder"), tables)
+        report = ranking.compared(texts, config.loop.iterations, ranked.backbones, None, controls_of=ranked.controls_of)
+        reported(config, report, tables.contexts, None, texts)
+
+    return backbones

@@ -1,0 +1,109 @@
+"""The final report as one HTML page: no script, nothing fetched, readable on a phone. RecCoTs and titles are escaped."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from trackrec.evaluation import plots, tables
+from trackrec.evaluation.plots import Drawing
+from trackrec.evaluation.report import Report, notes
+from trackrec.evaluation.tables import METRICS, SLICES, Table
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A text, or as much of one as is shown."""
+
+    shown: str
+    # Characters that are not.
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One context of the examples: its history, a line an item and oldest first, and G's text before and after."""
+
+    context_id: str
+    history: Sequence[str]
+    # Of the history, items before these.
+    earlier: int
+    before: Cut
+    after: Cut
+
+
+def cut(text: str, characters: int) -> Cut:
+    return Cut(text[:characters], max(0, len(text) - characters))
+
+
+def render(report: Report, examples: Sequence[Shown]) -> str:
+    """The page. The same report and examples give the same bytes."""
+    found = tables.tables(report)
+    rows = plots.tokens(report)
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            report=report,
+            sections=[(table, _figures(report, table)) for table in found],
+            multiplicity=tables.multiplicity(found),
+            metrics=METRICS,
+            slices=SLICES,
+            ranked=_ranked(report),
+            tokens=rows,
+            tokens_verdict=plots.tokens_verdict(rows) if rows else "",
+            tokens_figure=plots.lengths(rows) if rows else None,
+            curves=_curves(report),
+            examples=examples,
+            notes=notes(report),
+        )
+    )
+
+
+def _figures(report: Report, table: Table) -> list[Drawing]:
+    if table.name in ("table2", "controls"):
+        tested = [effect for effect in table.effects if effect.metric == "auc" and effect.test]
+        return [plots.forest(list(group), against) for against, group in groupby(tested, lambda e: e.base_name)]
+    if table.name == "figure5_gain":
+        return [plots.iterations(curve) for curve in plots.curves(report)]
+    return []
+
+
+def _curves(report: Report) -> list[Drawing]:
+    """ROC and calibration, backbone by backbone."""
+    drawn = [draw(base.ranking, ours.ranking) for base, ours in tables.pairs(report) for draw in _CURVES]
+    return [drawing for drawing in drawn if drawing]
+
+
+_CURVES = (plots.roc, plots.calibration)
+
+
+def _ranked(report: Report) -> str:
+    """What the CTR models were measured on; empty without any."""
+    if not report.rankings:
+        return ""
+    ranking = report.rankings[0].ranking
+    covered = max(found.ranking.covered for found in report.rankings)
+    return (
+        f"CTR models are measured on all {ranking.rows} {ranking.split} rows. {covered:.0%} of these have a RecCoT that "
+        "is older than the row; the others read a learned vector in its place, so the RecCoT cannot help them."
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("trackrec.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "shown": tables.shown,
+        "p_shown": tables.p_shown,
+        # Only for what `plots` drew.
+        "drawn": lambda drawing: Markup(drawing.svg),
+    }
+    return environment

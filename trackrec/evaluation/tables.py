@@ -1,0 +1,399 @@
+"""The paper's tables from a run's report: each is a list of effects, tested over seeds where there are seeds, in words.
+
+Marks: `*` better with p < 0.001 (the paper's), `+` better with p < 0.05, `−` worse with p < 0.05.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import fmean
+from typing import Literal, TypeVar, get_args
+
+from trackrec.config import Backbone
+from trackrec.evaluation.rankings import Feature
+from trackrec.evaluation.report import ABSENT, RankedBy, Report, Row, Variant
+from trackrec.evaluation.results import SliceName
+from trackrec.evaluation.significance import Comparison, compare
+
+Metric = Literal["auc", "uauc", "acc", "log_loss"]
+Outcome = Literal["better", "worse", "not told apart", "not tested"]
+Interval = tuple[float, float]
+T = TypeVar("T")
+
+METRICS: dict[Metric, str] = {"auc": "AUC", "uauc": "UAUC", "acc": "ACC", "log_loss": "LogLoss"}
+BACKBONES: dict[Backbone, str] = {
+    "autoint": "AutoInt", "deepfm": "DeepFM", "fignn": "FiGNN", "fibinet": "FiBiNet", "dcn": "DCN", "din": "DIN",
+    "dien": "DIEN",
+}  # fmt: skip
+SLICES: dict[SliceName, str] = {
+    "overall": "on all rows", "warm": "on warm rows", "cold": "on cold rows", "long_tail": "on the long tail",
+}  # fmt: skip
+# What the paper's Figure 5 and Tables 6 and 7 show.
+SHORT: tuple[Metric, ...] = ("auc", "acc")
+VALIDATOR = "V as recommender"
+# The report's rows as the pipeline labels them; the first one that is there is V's base.
+UNTOLD = ("no RecCoT, tuned", "no RecCoT, zero-shot")
+SHUFFLED = "RecCoTs shuffled between users"
+CONTROLS: dict[Feature, str] = {
+    "shuffled": SHUFFLED, "random": "random vectors", "history": "the raw history's text",
+}  # fmt: skip
+
+STRONG, SIGNIFICANT = 0.001, 0.05
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One metric of one model, without (`base`) and with (`ours`) what the table is about."""
+
+    model: str
+    base_name: str
+    ours_name: str
+    slice: SliceName
+    metric: Metric
+    # Means over the seeds; V's is one model's.
+    base: float | None
+    ours: float | None
+    test: Comparison | None = None
+    # 95 %, over users: V's AUC has them.
+    base_interval: Interval | None = None
+    ours_interval: Interval | None = None
+    # Why a number or the test is not there, or is of fewer seeds.
+    reason: str = ""
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.test is None:
+            return "not tested"
+        if (
+            self.test.p_value is None
+        ):  # every seed differs by as much: by nothing, or there is no spread to test against
+            return "not tested" if self.test.difference else "not told apart"
+        if self.test.p_value >= SIGNIFICANT:
+            return "not told apart"
+        # LogLoss is better where it is lower.
+        return "better" if (self.test.difference < 0) == (self.metric == "log_loss") else "worse"
+
+    @property
+    def mark(self) -> str:
+        if self.outcome == "better":
+            return "*" if self.test and self.test.p_value is not None and self.test.p_value < STRONG else "+"
+        return "−" if self.outcome == "worse" else ""
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.base is None or self.ours is None else self.ours - self.base
+
+
+@dataclass(frozen=True)
+class Table:
+    """Effects in reading order. `name` is its file's stem; `subject` begins its verdicts."""
+
+    name: str
+    title: str
+    about: str
+    subject: str
+    effects: tuple[Effect, ...]
+
+    @property
+    def metrics(self) -> list[Metric]:
+        return [effect.metric for effect in self.lines[0]]
+
+    @property
+    def lines(self) -> list[list[Effect]]:
+        """One line a model and comparison; its effects in the order of `metrics`."""
+        return [list(line) for _, line in groupby(self.effects, lambda e: (e.model, e.base_name, e.slice))]
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Sentences from the numbers: what is better, worse and not to be told apart, each as plainly."""
+        groups: dict[tuple[str, str, SliceName, Metric], list[Effect]] = {}
+        for effect in self.effects:
+            if effect.model != VALIDATOR:
+                groups.setdefault((effect.base_name, effect.ours_name, effect.slice, effect.metric), []).append(effect)
+        alone = [e for e in self.effects if e.model == VALIDATOR and e.metric == "auc"]
+        return [
+            *(f"{self._subject(group[0])}, {_counted(group)}" for group in groups.values()),
+            *(f"{self._subject(effect)}, {_of_validator(effect)}" for effect in alone),
+        ]
+
+    def _subject(self, effect: Effect) -> str:
+        return self.subject.format(base=effect.base_name, slice=SLICES[effect.slice])
+
+    @property
+    def absences(self) -> list[str]:
+        """Why numbers are missing, each reason once with those it is true of."""
+        found: dict[str, list[str]] = {}
+        for effect in self.effects:
+            if effect.reason:
+                what = f"{METRICS[effect.metric]} of {effect.model} {SLICES[effect.slice]} (against {effect.base_name})"
+                found.setdefault(effect.reason, []).append(what)
+        return [f"{', '.join(whose)}: {reason}." for reason, whose in found.items()]
+
+
+def tables(report: Report) -> list[Table]:
+    """All tables that have anything to show."""
+    ours = "ours: with the RecCoTs of the last iteration's G"
+    ranked = next((found.ranking for found in report.rankings), None)
+    limit = ranked.long_tail_rows if ranked else "`evaluate.long_tail_rows`"
+    found = [
+        Table(
+            "table2",
+            "Table 2: the RecCoT in every model",
+            f"Base: without a RecCoT; {ours}. V is an LLM, one model each, on the {report.examples} examples; its "
+            f"interval is over users.",
+            "With the RecCoT",
+            (*_against_base(report, list(METRICS), "overall"), *_validator(report, UNTOLD, list(METRICS))),
+        ),
+        Table(
+            "controls",
+            "Controls: is it the reasoning?",
+            f"Base: the same model, given something else in the RecCoT's place; {ours}. Where ours is not better, the "
+            "gain of Table 2 is no evidence that what the RecCoT says about this user matters.",
+            "With its own RecCoT instead of {base}",
+            (*_against_controls(report), *_validator(report, [SHUFFLED], list(METRICS))),
+        ),
+        Table(
+            "table4",
+            "Table 4: the long tail",
+            f"AUC on all rows and on those whose user or item has at most {limit} train rows. Base: without a RecCoT; "
+            f"{ours}.",
+            "With the RecCoT, {slice}",
+            (
+                *_against_base(report, ["auc"], "overall"),
+                *_against_base(report, ["auc"], "long_tail"),
+                *_validator(report, UNTOLD, ["auc"]),
+                *_validator(report, UNTOLD, ["auc"], "long_tail"),
+            ),
+        ),
+        Table(
+            "figure5_gain",
+            "Figure 5: the last iteration against the first",
+            "Base: with the RecCoTs of the first iteration there is (0: before any alignment); ours: of the last.",
+            "From {base} to the last",
+            (*_over_iterations(report),),
+        ),
+        *(_ablation(report, *ablated) for ablated in _ABLATIONS),
+    ]
+    return [table for table in found if table.effects]
+
+
+# Variant, file, title, what the full loop has more.
+_ABLATIONS: list[tuple[Variant, str, str, str]] = [
+    ("no alignment", "table6", "Table 6: preference alignment", "With preference alignment"),
+    ("no distillation", "table7", "Table 7: distillation", "With distillation"),
+    ("no iteration", "iteration", "Iterating against one round", "With iterations"),
+]
+
+
+def multiplicity(found: Iterable[Table]) -> str:
+    """What so many tests mean for a reader who looks for marks."""
+    # Table 4's overall rows are Table 2's.
+    tested = {e for table in found for e in table.effects if e.test is not None and e.test.p_value is not None}
+    below = sum(1 for effect in tested if effect.outcome in ("better", "worse"))
+    return (
+        f"{len(tested)} tests were made, not corrected for their number: were there no effect anywhere, about "
+        f"{len(tested) * SIGNIFICANT:.1f} of them would have p < {SIGNIFICANT} by chance, half of these as gains. "
+        f"{below} have. A test over few seeds knows the noise of training only, not that of the users and the split."
+    )
+
+
+def pairs(report: Report) -> list[tuple[RankedBy, RankedBy]]:
+    """(base, ours) of every backbone that has both: without a RecCoT, and with those of the last iteration."""
+    found = []
+    for backbone in get_args(Backbone):
+        base, full = arm_of(report, backbone, "none"), recots_of(report, backbone, "full")
+        if base and full:
+            found.append((base, full[max(full)]))
+    return found
+
+
+def shown(value: float | None, form: str = ".4f") -> str:
+    return ABSENT if value is None else format(value, form)
+
+
+def p_shown(effect: Effect) -> str:
+    if effect.test is None or effect.test.p_value is None:
+        return ABSENT
+    return f"< {STRONG}" if effect.test.p_value < STRONG else f"{effect.test.p_value:.3f}"
+
+
+def _against_base(report: Report, metrics: list[Metric], where: SliceName) -> Iterator[Effect]:
+    for base, ours in pairs(report):
+        yield from (_tested(base, ours, "no RecCoT", metric, where) for metric in metrics)
+
+
+def _against_controls(report: Report) -> Iterator[Effect]:
+    for feature, name in CONTROLS.items():
+        for backbone in get_args(Backbone):
+            full = recots_of(report, backbone, "full")
+            control = arm_of(report, backbone, feature, max(full)) if full else None
+            if control:
+                yield from (_tested(control, full[max(full)], name, metric) for metric in METRICS)
+
+
+def _over_iterations(report: Report) -> Iterator[Effect]:
+    for backbone in get_args(Backbone):
+        full = recots_of(report, backbone, "full")
+        if len(full) > 1:
+            first, last = full[min(full)], full[max(full)]
+            yield from (_tested(first, last, f"iteration {first.iteration}", metric) for metric in SHORT)
+    rows = validators_of(report, "full")
+    if len(rows) > 1:
+        yield from (_untested(rows[min(rows)], rows[max(rows)], metric) for metric in SHORT)
+
+
+def _ablation(report: Report, variant: Variant, name: str, title: str, subject: str) -> Table:
+    effects: list[Effect] = []
+    for backbone in get_args(Backbone):
+        without, full = recots_of(report, backbone, variant), recots_of(report, backbone, "full")
+        if without and full:
+            base, ours = without[max(without)], _counterpart(full, max(without), variant)
+            effects += [_tested(base, ours, f"{variant}, iteration {base.iteration}", metric) for metric in SHORT]
+    rows, whole = validators_of(report, variant), validators_of(report, "full")
+    if rows and whole:
+        last = max(rows)
+        effects += [_untested(rows[last], _counterpart(whole, last, variant), metric) for metric in SHORT]
+    about = f"Base: the loop with {variant}, at its last iteration; ours: the full loop, at the iteration named."
+    return Table(name, title, about, subject, tuple(effects))
+
+
+def _counterpart(full: Mapping[int, T], iteration: int, variant: Variant) -> T:
+    """What a variant is held against: the full loop after as many iterations (Tables 6 and 7 are of one), or its last.
+
+    Iteration 0 of the full loop has not been aligned yet, and its first is what "no iteration" is: for these, its last.
+    """
+    return full[iteration if iteration and iteration in full and variant != "no iteration" else max(full)]
+
+
+def _validator(
+    report: Report, labels: Iterable[str], metrics: list[Metric], where: SliceName = "overall"
+) -> Iterator[Effect]:
+    base, rows = labelled(report, labels), validators_of(report, "full")
+    if base and rows:
+        yield from (_untested(base, rows[max(rows)], metric, where) for metric in metrics)
+
+
+def _tested(base: RankedBy, ours: RankedBy, base_name: str, metric: Metric, where: SliceName = "overall") -> Effect:
+    """Over the seeds for which both sides have the metric."""
+    before, after = seed_values(base, where, metric), seed_values(ours, where, metric)
+    seeds = sorted(before.keys() & after.keys())
+    test = compare([before[seed] for seed in seeds], [after[seed] for seed in seeds]) if len(seeds) > 1 else None
+    spread = "" if test and test.p_value is not None else "no test, as every seed differs by exactly as much"
+    untested = spread if test else "no test, as fewer than two seeds are on both sides"
+    return Effect(
+        model=BACKBONES[ours.ranking.backbone],
+        base_name=base_name,
+        ours_name=f"RecCoT, iteration {ours.iteration}",
+        slice=where,
+        metric=metric,
+        base=test.base if test else fmean(before.values()) if before else None,
+        ours=test.ours if test else fmean(after.values()) if after else None,
+        test=test,
+        reason=_reason(base, where, metric) or _reason(ours, where, metric) or untested,
+    )
+
+
+def _untested(base: Row, ours: Row, metric: Metric, where: SliceName = "overall") -> Effect:
+    """V's: one model a side."""
+    field = "long_tail_auc" if where == "long_tail" else metric
+    values = getattr(base, field), getattr(ours, field)
+
+    def interval(row: Row) -> Interval | None:
+        return None if field != "auc" or row.auc_low is None or row.auc_high is None else (row.auc_low, row.auc_high)
+
+    return Effect(
+        model=VALIDATOR,
+        base_name=base.label,
+        ours_name=ours.label,
+        slice=where,
+        metric=metric,
+        base=values[0],
+        ours=values[1],
+        base_interval=interval(base),
+        ours_interval=interval(ours),
+        reason="not defined on these rows (the evaluation's metrics.json says why)" if None in values else "",
+    )
+
+
+def seed_values(found: RankedBy, where: SliceName, metric: Metric) -> dict[int, float]:
+    """The metric by seed, of the seeds that have it."""
+    measured = [(result.seed, result.slices[where]) for result in found.ranking.seeds if where in result.slices]
+    values = ((seed, getattr(measures, metric)) for seed, measures in measured)
+    return {seed: value for seed, value in values if value is not None}
+
+
+def _reason(found: RankedBy, where: SliceName, metric: Metric) -> str:
+    """Why a seed lacks the metric; empty where none does."""
+    for result in found.ranking.seeds:
+        measures = result.slices.get(where)
+        if measures is None or getattr(measures, metric) is None:
+            return measures.absent.get(metric, "not measured") if measures else "not measured"
+    return ""
+
+
+def arm_of(report: Report, backbone: Backbone, feature: Feature, iteration: int | None = None) -> RankedBy | None:
+    """The full loop's result with the feature, at `iteration` or of none (it reads no G's texts)."""
+    for found in report.rankings:
+        arm = (found.ranking.backbone, found.ranking.feature, found.variant)
+        if arm == (backbone, feature, "full") and found.iteration in (iteration, None):
+            return found
+    return None
+
+
+def recots_of(report: Report, backbone: Backbone, variant: Variant) -> dict[int, RankedBy]:
+    """By iteration."""
+    return {
+        found.iteration: found
+        for found in report.rankings
+        if (found.ranking.backbone, found.ranking.feature, found.variant) == (backbone, "recot", variant)
+        and found.iteration is not None
+    }
+
+
+def validators_of(report: Report, variant: Variant) -> dict[int, Row]:
+    """V's rows by iteration."""
+    return {
+        row.iteration: row
+        for row in report.rows
+        if row.kind == "iteration" and row.variant == variant and row.iteration is not None
+    }
+
+
+def labelled(report: Report, labels: Iterable[str]) -> Row | None:
+    rows = {row.label: row for row in report.rows}
+    return next((rows[label] for label in labels if label in rows), None)
+
+
+def _counted(group: list[Effect]) -> str:
+    """How many backbones gain, lose and neither, of one metric."""
+    metric = group[0].metric
+    words = ("lower", "higher") if metric == "log_loss" else ("higher", "lower")
+    names: dict[Outcome, list[str]] = {
+        outcome: [effect.model for effect in group if effect.outcome == outcome] for outcome in get_args(Outcome)
+    }
+
+    def some(outcome: Outcome, of: str = "") -> str:
+        return f"{len(names[outcome])}{of}" + (f" ({', '.join(names[outcome])})" if names[outcome] else "")
+
+    untested = f"; not tested on {some('not tested')}" if names["not tested"] else ""
+    seeds = sorted({effect.test.seeds for effect in group if effect.test})
+    over = f"p < {SIGNIFICANT}, paired t-test over {' or '.join(map(str, seeds))} seeds" if seeds else "no test"
+    of = f" of {len(group)} backbone{'s' * (len(group) > 1)}"
+    return (
+        f"{METRICS[metric]}{' (lower is better)' * (metric == 'log_loss')} is {words[0]} on {some('better', of)}, "
+        f"{words[1]} on {some('worse')}, and not to be told apart on {some('not told apart')}{untested} ({over})."
+    )
+
+
+def _of_validator(effect: Effect) -> str:
+    def number(value: float | None, interval: Interval | None) -> str:
+        return shown(value) + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+    text = (
+        f"V's AUC is {number(effect.ours, effect.ours_interval)} ({effect.ours_name}) against "
+        f"{number(effect.base, effect.base_interval)} ({effect.base_name})"
+    )
+    if effect.base_interval and effect.ours_interval:
+        apart = effect.base_interval[1] < effect.ours_interval[0] or effect.ours_interval[1] < effect.base_interval[0]
+        text += ": the 95 % intervals over users " + ("do not overlap" if apart else "overlap, so noise may explain it")
+    return f"{text}. One model a side, so no test."
