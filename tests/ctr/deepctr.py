@@ -1,13 +1,13 @@
 """The peer: deepctr-torch's models on our rows, with its options set to what ours are.
 
-Ids, fields and first-order terms are ours: user, item, the item's attributes (their mean), the history (its mean, in the
-item's own table). What an option cannot set is set here: the distribution of the initial weights, the table that item
+Ids, fields and first-order terms are ours: user, item, the item's attributes (their mean), the history (its mean, in
+the item's table). What an option cannot set is set here: the distribution of the initial weights, the table that item
 and history share, and the multi-valued fields that its DIEN leaves out.
 """
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat, get_varlen_pooling_list, varlen_embedding_lookup
-from deepctr_torch.layers.interaction import InteractingLayer
+from deepctr_torch.layers.interaction import BilinearInteraction, CrossNet, InteractingLayer
 from deepctr_torch.layers.sequence import AUGRUCell
 from deepctr_torch.models import DCN, DIEN, DIN, AutoInt, DeepFM, FiBiNET
 from deepctr_torch.models.basemodel import BaseModel
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from trackrec.ctr.embedding import NONE
@@ -109,18 +110,24 @@ def build(backbone: str, data: Dataset, size: int, hidden: Sequence[int], seed: 
     return model
 
 
-def fit(model: BaseModel, data: Dataset, learning_rate: float, batch_size: int, epochs: int) -> list[dict[str, Any]]:
-    """deepctr's own training loop; the scores of the valid and the test split after each epoch."""
-    rows = {split: data.of_split(split) for split in ("train", "valid", "test")}
-    given = {split: inputs(data, numbers) for split, numbers in rows.items()}
-    labels = data.labels[rows["train"]].numpy()
+def fit(model: BaseModel, data: Dataset, learning_rate: float, batch_size: int) -> Iterator[None]:
+    """Trains through deepctr's own loop and stops after each epoch."""
+    rows = data.of_split("train")
+    given, labels = inputs(data, rows), data.labels[rows].numpy()
     model.compile(torch.optim.Adam(model.parameters(), lr=learning_rate), "binary_crossentropy")
-    answers = []
-    for _ in range(epochs):
-        with contextlib.redirect_stdout(io.StringIO()):
-            model.fit(given["train"], labels, batch_size, epochs=1, verbose=0)
-        answers.append({split: model.predict(given[split], 4096)[:, 0] for split in ("valid", "test")})
-    return answers
+    while True:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does even where it is not to be verbose
+            model.fit(given, labels, batch_size, epochs=1, verbose=0)
+        yield
+
+
+def aucs(model: BaseModel, data: Dataset) -> tuple[float, float]:
+    """On valid and on test, with the weights of the moment."""
+    valid, test = (
+        float(roc_auc_score(data.labels[rows].numpy(), model.predict(inputs(data, rows))[:, 0]))
+        for rows in (data.of_split("valid"), data.of_split("test"))
+    )
+    return valid, test
 
 
 def _initialise(model: BaseModel) -> None:
@@ -134,3 +141,9 @@ def _initialise(model: BaseModel) -> None:
             case InteractingLayer() | AUGRUCell():
                 for weight in module.parameters():
                     nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+            case CrossNet():
+                nn.init.normal_(module.kernels, std=module.kernels.shape[1] ** -0.5)
+    for module in model.modules():
+        if isinstance(module, BilinearInteraction):
+            for linear in module.bilinear:
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)

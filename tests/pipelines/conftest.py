@@ -44,14 +44,16 @@ class Compiled:
         return self.tasks[title]["inputs"]["parameters"][name]["runtimeValue"]["constant"]
 
 
-def compiled(name: str, tmp_path: Path, *overrides: str) -> Compiled:
-    """The shipped config `name` through `trackrec compile`."""
+def compiled(name: str | Path, tmp_path: Path, *overrides: str, pipeline: str = "trackrec") -> Compiled:
+    """The shipped config `name`, or a file, through `trackrec compile`."""
     path = tmp_path / "pipeline.yaml"
     command = [
         Path(sys.executable).with_name("trackrec"),
         "compile",
         "-c",
-        f"pipelines/configs/{name}.yaml",
+        name if isinstance(name, Path) else f"pipelines/configs/{name}.yaml",
+        "--pipeline",
+        pipeline,
         "-o",
         path,
     ]

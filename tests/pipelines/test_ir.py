@@ -17,7 +17,7 @@ def stage_of(title: str) -> str:
 
 
 def stage_tasks(pipeline: Compiled) -> list[str]:
-    return [title for title in pipeline.tasks if title not in ("raw data", "base model")]
+    return [title for title in pipeline.tasks if title not in ("raw data", "base model", "encoder")]
 
 
 def test_the_loop_is_unrolled(shipped: tuple[dict[str, Any], Compiled]) -> None:
@@ -86,9 +86,18 @@ def test_the_report_grows_by_every_evaluation(ml_1m: Compiled) -> None:
     assert evaluations == {f"{title}/metrics" for title in ml_1m.tasks if title.startswith("evaluate")}
 
 
-def test_the_first_g_writes_no_train_texts(ml_1m: Compiled) -> None:
-    splits = [ml_1m.parameter(f"generate {t}", "splits") for t in range(4)]
-    assert splits == [["valid", "test"]] + [["train", "valid", "test"]] * 3
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("ranking.by_iteration_of=[]", ["valid", "test"]),
+        # Figure 5's iteration 0 trains a ranking model on them.
+        ("ranking.by_iteration_of=[din]", ["train", "valid", "test"]),
+    ],
+)
+def test_the_first_g_writes_train_texts_where_they_are_read(tmp_path: Path, override: str, first: list[str]) -> None:
+    pipeline = compiled("ml-1m-qwen2.5-7b", tmp_path, override)
+    splits = [pipeline.parameter(f"generate {t}", "splits") for t in range(4)]
+    assert splits == [first] + [["train", "valid", "test"]] * 3
 
 
 @pytest.mark.parametrize("override", ["seed=1", "loop.validator_init=base", "loop.distillation=false"])

@@ -126,6 +126,7 @@ def test_a_label_comes_once(tmp_path: Path, two_rows: Path) -> None:
             label="iteration 1",
             iteration=2,
             kind="iteration",
+            variant="full",
             metrics=metrics(tmp_path / "m", evaluation(0.5)),
             previous=two_rows,
             report=tmp_path / "out",

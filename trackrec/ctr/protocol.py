@@ -6,7 +6,7 @@ The measured rows are answered once, at the end.
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trackrec.config import Backbone, CtrGrid, TrainCtrSettings
 from trackrec.ctr.features import Dataset
@@ -42,28 +42,36 @@ def run(
     grid = settings.grid
     shapes = list(itertools.product(grid.embedding_size, grid.batch_size))
     searched = []
-    for number, (size, batch_size) in enumerate(shapes, start=1):
-        # Models of one shape differ in numbers alone, so they train together.
-        models = _train(
-            data, backbone, settings, _points(grid, seed), size, batch_size, progress, f"search {number}/{len(shapes)}"
-        )
-        searched += [
-            Point(
-                embedding_size=size,
-                batch_size=batch_size,
-                learning_rate=one.hyper.learning_rate,
-                dropout=one.hyper.dropout,
-                l2=one.hyper.l2,
-                valid_auc=one.valid_auc,
-            )
-            for one in models
-        ]
-    chosen = max(searched, key=lambda point: point.valid_auc)
-    seeds = [Hyper(seed + k, chosen.learning_rate, chosen.dropout, chosen.l2) for k in range(settings.seeds)]
-    trained = _train(
-        data, backbone, settings, seeds, chosen.embedding_size, chosen.batch_size, progress, "seeds", measured=True
-    )
+    if len(shapes) > 1 or len(_points(grid, seed)) > 1:
+        for number, (size, batch_size) in enumerate(shapes, start=1):
+            # Models of one shape differ in numbers alone, so they train together.
+            models = _train(
+                data, backbone, settings, _points(grid, seed), size, batch_size, progress,
+                f"search {number}/{len(shapes)}",
+            )  # fmt: skip
+            searched += [_point(one, size, batch_size) for one in models]
+        chosen = max(searched, key=lambda point: point.valid_auc)
+        size, batch_size = chosen.embedding_size, chosen.batch_size
+        best = Hyper(seed, chosen.learning_rate, chosen.dropout, chosen.l2)
+    else:  # there is nothing to choose
+        [(size, batch_size)], [best] = shapes, _points(grid, seed)
+    hypers = [replace(best, seed=seed + k) for k in range(settings.seeds)]
+    trained = _train(data, backbone, settings, hypers, size, batch_size, progress, "seeds", measured=True)
+    if not searched:
+        searched = [_point(trained[0], size, batch_size)]
+        chosen = searched[0]
     return Found(searched, chosen, trained)
+
+
+def _point(model: Trained, size: int, batch_size: int) -> Point:
+    return Point(
+        embedding_size=size,
+        batch_size=batch_size,
+        learning_rate=model.hyper.learning_rate,
+        dropout=model.hyper.dropout,
+        l2=model.hyper.l2,
+        valid_auc=model.valid_auc,
+    )
 
 
 def _points(grid: CtrGrid, seed: int) -> list[Hyper]:

@@ -1,4 +1,4 @@
-"""The final report as one HTML page: no script, nothing fetched, readable on a phone. RecCoTs and titles are escaped."""
+"""The final report as one HTML page: no script, nothing fetched. RecCoTs and titles are others' text, and escaped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class Shown:
-    """One context of the examples: its history, a line an item and oldest first, and G's text before and after."""
+    """One context of the examples: its history, a line an item and oldest first, and G's texts."""
 
     context_id: str
     history: Sequence[str]
     # Of the history, items before these.
     earlier: int
-    before: Cut
-    after: Cut
+    # Each with its heading.
+    texts: Sequence[tuple[str, Cut]]
 
 
 def cut(text: str, characters: int) -> Cut:
@@ -57,7 +57,8 @@ def render(report: Report, examples: Sequence[Shown]) -> str:
             tokens_figure=plots.lengths(rows) if rows else None,
             curves=_curves(report),
             examples=examples,
-            notes=notes(report),
+            # They are about V.
+            notes=notes(report) if report.rows else [],
         )
     )
 
@@ -87,8 +88,8 @@ def _ranked(report: Report) -> str:
     ranking = report.rankings[0].ranking
     covered = max(found.ranking.covered for found in report.rankings)
     return (
-        f"CTR models are measured on all {ranking.rows} {ranking.split} rows. {covered:.0%} of these have a RecCoT that "
-        "is older than the row; the others read a learned vector in its place, so the RecCoT cannot help them."
+        f"CTR models are measured on all {ranking.rows} {ranking.split} rows. {covered:.0%} of these have a RecCoT "
+        "older than the row; the others read a learned vector in its place, so the RecCoT cannot help them."
     )
 
 

@@ -1,7 +1,7 @@
 """The report's figures as inline SVG, and Figure 5's and Table 5a's numbers that they draw.
 
-One panel a figure, so that a phone stacks them. Text stays text; its colour becomes `currentColor`, so that a dark page
-shows it; what differs by colour (Okabe and Ito's, for the colour-blind) differs by marker or line as well.
+One panel a figure, so that a phone stacks them. Text stays text, in the page's own colour. What differs by colour
+(Okabe and Ito's, for the colour-blind; a page sets them by `--base` and `--ours`) differs by marker or line as well.
 """
 
 import io
@@ -39,7 +39,7 @@ from trackrec.evaluation.tables import (
 
 # Inches; shown about 330 px wide on a phone, where 10 pt are 12 px.
 _WIDTH, _HEIGHT = 3.9, 2.7
-_BASE, _OURS = "#D55E00", "#0072B2"
+_BASE, _OURS = "#d55e00", "#0072b2"
 _OUTCOMES: dict[Outcome, tuple[str, str]] = {
     "better": (_OURS, "^"), "worse": (_BASE, "v"), "not told apart": ("#808080", "o"), "not tested": ("#808080", "x"),
 }  # fmt: skip
@@ -124,8 +124,11 @@ def tokens_verdict(rows: Sequence[Row]) -> str:
     text = f"{last.mean_tokens:.1f} tokens at iteration {last.iteration}"
     if first is last:
         return f"RecCoTs have {text}."
-    change = "get shorter" if last.mean_tokens < first.mean_tokens else "do not get shorter"
-    return f"RecCoTs {change}: {text}, {first.mean_tokens:.1f} at iteration {first.iteration}. The paper's get shorter."
+    shorter = last.mean_tokens < first.mean_tokens
+    return (
+        f"RecCoTs {'get' if shorter else 'do not get'} shorter: {text}, {first.mean_tokens:.1f} at iteration "
+        f"{first.iteration}{', as in the paper' if shorter else ', while the paper has shorter ones'}."
+    )
 
 
 def forest(effects: Sequence[Effect], against: str) -> Drawing:
@@ -255,7 +258,9 @@ def _drawn(figure: Figure, name: str, alt: str) -> Drawing:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href").replace(_INK, "currentColor")
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    for drawn, said in ((_INK, "currentColor"), (_BASE, f"var(--base, {_BASE})"), (_OURS, f"var(--ours, {_OURS})")):
+        svg = svg.replace(drawn, said)
     # Its size comes from the page's style; the view box keeps the proportions.
     svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', f'<svg role="img" aria-label="{escape(alt)}"', svg, count=1)
     return Drawing(svg, alt)

@@ -1,4 +1,4 @@
-"""The run's final report: the paper's tables and figures of its own numbers, tested, with what does not hold as plain."""
+"""The run's final report: the paper's tables and figures from the run's numbers, tested; losses as plain as gains."""
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,22 +46,21 @@ def run(
     Args:
         report: the run's whole report.
         contexts: the histories of the examples.
-        before, after: table `recots`, G's texts before the first alignment and after the last; without both the page
-            has no examples.
-        examples: how many of their common contexts the page shows, the first by id.
+        before, after: table `recots`, G's texts before the first alignment and after the last, for the examples.
+        examples: how many contexts the page shows, the first by id of those that all given tables have.
 
     Facts: `tables`, `tests`, `better`, `worse`, `not_told_apart` (distinct tests by outcome), `examples`.
 
     Raises:
-        ValueError: a context of `before` and `after` is not in `contexts`.
+        ValueError: a context of the examples is not in `contexts`.
     """
     settings = _Settings(examples=examples)
-    given = {"before": before, "after": after}
-    inputs = {"report": report, "contexts": contexts} | {n: path for n, path in given.items() if path is not None}
+    texts = {name: path for name, path in {"before": before, "after": after}.items() if path is not None}
+    inputs = {"report": report, "contexts": contexts} | texts
     with storage.publish("compare", settings, inputs=inputs, outputs={"results": results}) as job:
         found = reports.read(report)
         compared = tables.tables(found)
-        shown = _examples(settings, contexts, before, after) if before and after else []
+        shown = _examples(settings, contexts, texts)
         out = job.outputs["results"]
         (out / PAGE).write_text(page.render(found, shown), encoding="utf-8")
         (out / MARKDOWN).write_text(markdown(compared), encoding="utf-8")
@@ -82,35 +81,40 @@ def markdown(compared: list[Table]) -> str:
             heads = [f"{tables.METRICS[metric]} {side}" for metric in table.metrics for side in ("base", "ours")]
             lines += [f"| | base | {' | '.join(heads)} |", "| :--- | :--- |" + " ---: |" * len(heads)]
             for line in table.lines:
-                cells = [f"{tables.shown(e.base)} | {tables.shown(e.ours)}{e.mark.replace('*', r'\*')}" for e in line]
+                cells = [f"{tables.shown(e.base)} | {tables.shown(e.ours)}{e.mark}" for e in line]
                 lines.append(f"| {line[0].model} | {line[0].base_name} | {' | '.join(cells)} |")
             lines.append("")
         lines += [*(f"- {sentence}" for sentence in [*table.verdicts, *table.absences]), ""]
     lines += [
-        "\\* better, p < 0.001; + better, p < 0.05; − worse, p < 0.05 (LogLoss: lower is better). "
+        "`*` better, p < 0.001; `+` better, p < 0.05; `−` worse, p < 0.05 (LogLoss: lower is better). "
         + tables.multiplicity(compared)
     ]
     return "\n".join(lines) + "\n"
 
 
-def _examples(settings: _Settings, contexts: Path, before: Path, after: Path) -> list[page.Shown]:
-    """The first contexts by id that both tables have: an order that knows nothing of the texts."""
-    texts = [_greedy(before), _greedy(after)]
-    names = sorted(texts[0].keys() & texts[1].keys())[: settings.examples]
+def _examples(settings: _Settings, contexts: Path, given: Mapping[str, Path]) -> list[page.Shown]:
+    """The first contexts by id that all the tables have: an order that knows nothing of the texts."""
+    sides = [(_HEADINGS[name] if len(given) > 1 else "RecCoT", _greedy(path)) for name, path in given.items()]
+    if not sides:
+        return []
+    names = sorted(set.intersection(*(set(texts) for _, texts in sides)))[: settings.examples]
     table = schema.read(contexts, "contexts", ["context_id", "history"])
     chosen = table.filter(pc.is_in(table["context_id"], pa.array(names, pa.string()))).to_pylist()
     histories: dict[str, list[ShownItem]] = {row["context_id"]: row["history"] for row in chosen}
     if missing := [name for name in names if name not in histories]:
-        raise ValueError(f"{contexts} lacks context {missing[0]}, which {before} and {after} have")
+        raise ValueError(f"{contexts} lacks context {missing[0]}, which has a RecCoT; give the table that G read")
     return [
         page.Shown(
-            name,
-            [_line(item) for item in histories[name][-settings.items :]],
-            max(0, len(histories[name]) - settings.items),
-            *(page.cut(side[name], settings.characters) for side in texts),
+            context_id=name,
+            history=[_line(item) for item in histories[name][-settings.items :]],
+            earlier=max(0, len(histories[name]) - settings.items),
+            texts=[(heading, page.cut(texts[name], settings.characters)) for heading, texts in sides],
         )
         for name in names
     ]
+
+
+_HEADINGS = {"before": "Before the first alignment", "after": "After the last alignment"}
 
 
 def _greedy(recots: Path) -> dict[str, str]:
@@ -146,7 +150,7 @@ def _effect(effect: Effect) -> dict[str, Any]:
         "difference": effect.difference,
         "outcome": effect.outcome,
         "mark": effect.mark,
-        "seeds": test.seeds if test else 1,
+        "seeds": test.seeds if test else None,
         "base_std": test.base_std if test else None,
         "ours_std": test.ours_std if test else None,
         # The difference's, over seeds; V has one of each side instead, over users.

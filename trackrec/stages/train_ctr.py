@@ -122,7 +122,7 @@ def _data(
     contexts: Path,
     encoded: Path | None,
 ) -> Dataset:
-    rows = schema.read(interactions, "interactions")
+    rows = _newest(schema.read(interactions, "interactions"), settings.max_train_rows)
     recot, table = np.full(len(rows), NONE), torch.zeros(1, 0)
     if encoded is not None:
         judged = schema.read(examples, "examples", ["row_id", "context_id", "user_id"])
@@ -149,6 +149,17 @@ def _data(
         recot=recot,
         vectors=table,
     )
+
+
+def _newest(rows: pa.Table, train_rows: int | None) -> pa.Table:
+    """All rows but the oldest train rows beyond `train_rows`."""
+    train = np.flatnonzero(rows["split"].to_numpy(zero_copy_only=False) == "train")
+    if train_rows is None or len(train) <= train_rows:
+        return rows
+    by_age = train[np.argsort(rows["timestamp"].to_numpy()[train], kind="stable")]
+    kept = np.ones(len(rows), dtype=bool)
+    kept[by_age[:-train_rows]] = False
+    return rows.filter(pa.array(kept))
 
 
 def _owners(examples: pa.Table, contexts: pa.Table) -> dict[str, frozenset[str]]:
