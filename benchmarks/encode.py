@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from trackrec.config import EncodeSettings
 from trackrec.fetch import fetch
 from trackrec.llm.encoder import TextEncoder
 
@@ -34,10 +35,10 @@ def make_texts(count: int) -> list[str]:
     return [" ".join(draw.choice(words, size=length)) for length in lengths]
 
 
-def report(model: Path, count: int, rounds: int) -> None:
+def report(model: Path, settings: EncodeSettings, count: int, rounds: int) -> None:
     texts = make_texts(count)
     peer = SentenceTransformer(str(model))
-    ours = TextEncoder(model, pooling="mean", dtype="float32")
+    ours = TextEncoder(model, pooling="mean", dtype=settings.dtype, batch_tokens=settings.batch_tokens)
     tokens = list(map(len, ours.token_ids(texts)))
     # sentence-transformers cuts at its own limit, ours at the model's: neither cuts here.
     assert max(tokens) <= peer.max_seq_length <= ours.limit
@@ -78,8 +79,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="an encoder's directory; all-MiniLM-L6-v2 by default")
     parser.add_argument("--texts", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; one more goes before")
+    parser.add_argument("--dtype", default=EncodeSettings().dtype, help="ours'; sentence-transformers keeps float32")
+    parser.add_argument("--batch-tokens", type=int, default=EncodeSettings().batch_tokens, help="ours'")
     args = parser.parse_args()
-    report(args.model or fetch("all-minilm-l6-v2"), args.texts, args.rounds)
+    settings = EncodeSettings(dtype=args.dtype, batch_tokens=args.batch_tokens)
+    report(args.model or fetch("all-minilm-l6-v2"), settings, args.texts, args.rounds)
 
 
 if __name__ == "__main__":

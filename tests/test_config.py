@@ -13,6 +13,7 @@ import yaml
 from trackrec import config, config_file, run_config
 from trackrec.config import Settings
 from trackrec.config_file import ConfigError
+from trackrec.ctr.backbones import BACKBONES
 from trackrec.prompts import render
 from trackrec.run_config import RunConfig, Toleration
 
@@ -41,7 +42,10 @@ def impressions(domain: str, **log: object) -> dict[str, object]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_load(path: Path) -> None:
-    assert config_file.load(path).loop.iterations == 3
+    loaded = config_file.load(path)
+    # The paper's T; the one that is of the backbones alone trains no G.
+    assert loaded.loop.iterations == (0 if path.stem == "ml-1m-smollm2" else 3)
+    assert loaded.ranking is not None
 
 
 def test_the_papers_settings() -> None:
@@ -239,6 +243,30 @@ def test_settings_that_may_be_none_default_to_none() -> None:
             optional = types.NoneType in typing.get_args(field.annotation)
             assert not optional or field.default is None, f"{section.__name__}.{name}"
     assert config.SdpoSettings in seen and Toleration in seen
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("encoder=null", "`ranking` needs `encoder`"),
+        ("ranking.backbones=[din]", "`controls_of` names autoint"),
+        ("ranking.backbones=[]", "ranking.backbones"),
+        ("ranking.by_iteration_of=[din, din]", "`by_iteration_of` names a backbone twice"),
+        ("ranking.backbones=[xdeepfm]", "ranking.backbones"),
+        ("train_ctr.hidden=[64, 33]", r"the last of `hidden` \(33\) must be even"),
+        ("train_ctr.seeds=1", "train_ctr.seeds"),
+        ("train_ctr.grid.dropout=[]", "train_ctr.grid.dropout"),
+        ("train_ctr.grid.dropout=[1.0]", "train_ctr.grid.dropout"),
+    ],
+)
+def test_ranking_settings_that_are_refused(override: str, message: str) -> None:
+    given = dict([config_file.parse_override(override)])
+    with pytest.raises(config_file.ConfigError, match=message):
+        config_file.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"), given)
+
+
+def test_the_backbones_of_the_config_are_those_there_are() -> None:
+    assert set(typing.get_args(config.Backbone)) == set(BACKBONES)
 
 
 def test_settings_survive_kubeflows_numbers() -> None:

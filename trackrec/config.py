@@ -358,3 +358,9 @@ class TrainCtrSettings(Settings):
     warm_rows: Count = 3
     long_tail_rows: Count = 10
     calibration_bins: Positive = 10
+
+    @model_validator(mode="after")
+    def _heads_divide_the_last_layer(self) -> Self:
+        if self.hidden[-1] % 2:
+            raise ValueError(f"the last of `hidden` ({self.hidden[-1]}) must be even: two attention heads share it")
+        return self

@@ -56,11 +56,11 @@ class RankingSettings(Settings):
     """RecCoTs as a feature of ranking models (3.6): Table 2, Figure 5 and the controls."""
 
     # Each is trained with and without the RecCoTs of the last iteration.
-    backbones: Annotated[list[Backbone], Field(min_length=1)] = list(get_args(Backbone))
+    backbones: list[Backbone] = Field(default_factory=lambda: list(get_args(Backbone)), min_length=1)
     # Of these backbones, also the controls: vectors of random numbers, of other users' RecCoTs, of the raw history.
-    controls_of: list[Backbone] = list(get_args(Backbone))
+    controls_of: list[Backbone] = Field(default_factory=lambda: list(get_args(Backbone)))
     # Also trained on the RecCoTs of every earlier iteration (Figure 5; the paper takes DIN).
-    by_iteration_of: list[Backbone] = ["din"]
+    by_iteration_of: list[Backbone] = Field(default_factory=lambda: ["din"])
 
     @model_validator(mode="after")
     def _each_once_and_compared(self) -> Self:

@@ -1,7 +1,7 @@
 """Our backbones are deepctr-torch's: the same answers from the same weights, and the same AUC from the same data.
 
 Matched for both (`tests.ctr.deepctr`): MovieLens-100k's rows and split; the fields user, item, attributes (mean) and
-history (mean, in the item's table); the field's size, hidden layers, batch size, Adam's learning rate and the epochs,
+history (mean, in the item's table, without ratings); the field's size, hidden layers, batch size, Adam's learning rate and the epochs,
 the best one by valid AUC; the distribution of the initial weights; no regularisation, dropout or batch normalisation.
 
 - AutoInt: interacting layers and their residual alone, two heads, no deep network and no linear part.
@@ -22,12 +22,13 @@ import pytest
 import torch
 from deepctr_torch.models.basemodel import BaseModel
 from sklearn.metrics import roc_auc_score
-from torch import nn
+from torch import Tensor, nn
 
 from tests.ctr import deepctr
 from trackrec.config import IngestSettings
+from trackrec.ctr import ranker
+from trackrec.ctr.embedding import FieldEmbedding, Vocabulary
 from trackrec.ctr.features import Dataset
-from trackrec.ctr.ranker import Ranker, build
 from trackrec.ctr.stack import Hyper
 from trackrec.ctr.training import train
 from trackrec.fetch import fetch
@@ -48,6 +49,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     out = tmp_path_factory.mktemp("ml-100k")
     ingest.run(IngestSettings(dataset="ml-100k"), raw=fetch("ml-100k"), interactions=out, items=out)
     return deepctr.data_of(out, history_length=10)
+
+
+class NoRatings(nn.Module):
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.zeros(1)
+
+
+class FieldsWithoutRatings(FieldEmbedding):
+    """deepctr adds no second id to an item of the history. The rating NONE alone would be a learned constant there."""
+
+    def __init__(self, vocabulary: Vocabulary, size: int) -> None:
+        super().__init__(vocabulary, size)
+        self.rating = NoRatings()
+
+
+@pytest.fixture(autouse=True)
+def without_ratings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranker, "FieldEmbedding", FieldsWithoutRatings)
 
 
 @pytest.mark.parametrize("backbone", deepctr.PEERS)
@@ -79,11 +98,10 @@ def test_auc_is_deepctrs(backbone: str, data: Dataset) -> None:
 
 @pytest.mark.parametrize("backbone", [name for name in deepctr.PEERS if name != "dien"])
 def test_the_same_weights_give_the_same_logits(backbone: str, data: Dataset) -> None:
-    model = build(backbone, data.vocabulary, SIZE, HIDDEN[backbone], seed=0)
+    model = ranker.build(backbone, data.vocabulary, SIZE, HIDDEN[backbone], seed=0)
     torch.manual_seed(0)
     for parameter in model.parameters():  # large enough that every interaction counts
         nn.init.normal_(parameter, std=0.3)
-    nn.init.zeros_(model.embedding.rating.weight)
     if backbone == "fibinet":
         model.backbone.weighed.load_state_dict(model.backbone.plain.state_dict())
     peer = deepctr.build(backbone, data, SIZE, HIDDEN[backbone], seed=0)
@@ -97,7 +115,7 @@ def test_the_same_weights_give_the_same_logits(backbone: str, data: Dataset) -> 
 
 
 @torch.no_grad()
-def copy_weights(model: Ranker, peer: BaseModel, backbone: str) -> None:
+def copy_weights(model: ranker.Ranker, peer: BaseModel, backbone: str) -> None:
     ours = model.backbone
     tables = {
         "user": model.embedding.user,

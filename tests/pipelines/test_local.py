@@ -26,7 +26,12 @@ SMALL = (
     "sample.max_tokens=12",
     "sample.max_contexts=3",
     "generate.max_tokens=12",
+    "ranking.backbones=[din,dcn]",
+    "train_ctr.max_train_rows=2000",
+    "train_ctr.epochs=1",
+    "train_ctr.seeds=2",
 )
+ONE_RANKER = ("ranking.backbones=[dcn]", "ranking.controls_of=[]", "ranking.by_iteration_of=[]")
 
 
 def trackrec(
@@ -48,28 +53,37 @@ def ran(record: RunRecord) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, RunRecord]:
     """The whole quick start with the real small model, controls included, at T = 1."""
     root = tmp_path_factory.mktemp("runs")
     done = trackrec(root, "run", "--config", QUICKSTART, settings=SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
-    return root, done.stdout
+    return root, done.stdout, newest(root)
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, tuple[str, ...]]:
     """The same without controls on a random two-layer model: what the cache's tests change and run again."""
     root = tmp_path_factory.mktemp("quick")
-    settings = (*SMALL, "loop.controls=false", f"base_model={tiny_model}")
+    settings = (*SMALL, *ONE_RANKER, "loop.controls=false", f"base_model={tiny_model}")
     done = trackrec(root, "run", "--config", QUICKSTART, settings=settings)
     assert done.returncode == 0, done.stdout + done.stderr
     return root, settings
 
 
-def test_a_whole_run_ends_in_the_table(whole: tuple[Path, str]) -> None:
-    root, output = whole
-    record = newest(root)
-    for row in ("item mean", "no RecCoT, zero-shot", "no RecCoT, tuned", "iteration 0", "iteration 1", "shuffled"):
+def test_a_whole_run_ends_in_the_table(whole: tuple[Path, str, RunRecord]) -> None:
+    _, output, record = whole
+    for row in (
+        "DIN",
+        "DCN",
+        "random vectors",
+        "item mean",
+        "no RecCoT, zero-shot",
+        "no RecCoT, tuned",
+        "iteration 0",
+        "iteration 1",
+        "shuffled",
+    ):
         assert row in output
     for title in ("sample 1", "score 1", "preferences 1", "sdpo 1", "generate 1", "rec_tune 1"):
         assert title in ran(record)
@@ -77,11 +91,57 @@ def test_a_whole_run_ends_in_the_table(whole: tuple[Path, str]) -> None:
         for artifact in task.outputs.values():
             assert Path(artifact.uri).exists()
             assert artifact.uri in output
+    report = re.search(r"The report: (\S+/report.html)", output)
+    assert report and "Table 2" in Path(report[1]).read_text(encoding="utf-8")
 
 
-def test_what_a_whole_run_wrote(whole: tuple[Path, str]) -> None:
-    root, _ = whole
-    record = newest(root)
+def test_metrics_are_drawn_on_the_runs_page(whole: tuple[Path, str, RunRecord]) -> None:
+    _, _, record = whole
+    task = {task.title: task for task in record.tasks.values()}["train_ctr din 1"]
+    assert 0 < task.outputs["metrics"].metadata["auc"] < 1
+    curve = task.outputs["roc"].metadata["confidenceMetrics"]
+    assert {"confidenceThreshold", "recall", "falsePositiveRate"} == set(curve[0])
+
+
+def test_explain(whole: tuple[Path, str, RunRecord]) -> None:
+    root, _, record = whole
+    examples = next(task for task in record.tasks.values() if task.stage == "contexts").outputs["examples"].uri
+    judged = next(row for row in schema.rows(Path(examples), "examples") if row["split"] == "test")
+    asked = ("--run", record.run, "--user", judged["user_id"])
+    done = trackrec(root, "explain", *asked, "--item", judged["item_id"])
+    assert done.returncode == 0, done.stderr
+    for expected in ("oldest first", "RecCoT of iteration 0", "RecCoT of iteration 1", "with the RecCoT", "without"):
+        assert expected in " ".join(done.stdout.split()), done.stdout
+    done = trackrec(root, "explain", "--run", record.run, "--user", "nobody")
+    assert done.returncode == 1 and "no RecCoT was written for user 'nobody'" in done.stderr
+    done = trackrec(root, "explain", *asked, "--item", "no-such-item")
+    assert done.returncode == 1 and "no item 'no-such-item'" in done.stderr
+
+
+def test_backbones_on_a_finished_runs_recots(whole: tuple[Path, str, RunRecord]) -> None:
+    """The base rankers, of the same tables and settings, come from the cache."""
+    root, _, record = whole
+    arguments = ("--config", QUICKSTART, "--pipeline", "backbones", "--from", record.run)
+    settings = (*SMALL, "ranking.controls_of=[]", "ranking.by_iteration_of=[]")
+    done = trackrec(root, "run", *arguments, settings=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = newest(root)
+    assert {task.title for task in alone.tasks.values() if task.stage == "train_ctr"} == {
+        "train_ctr din",
+        "train_ctr din 1",
+        "train_ctr dcn",
+        "train_ctr dcn 1",
+    }
+    texts = {task.title: task for task in alone.tasks.values()}["encode 1"].inputs["recots"].uri
+    assert texts == {task.title: task for task in record.tasks.values()}["generate 1"].outputs["recots"].uri
+    assert "Table 2" in done.stdout
+    for wrong in (("--pipeline", "backbones"), ("--from", record.run)):
+        done = trackrec(root, "run", "--config", QUICKSTART, *wrong)
+        assert done.returncode == 1 and "--from RUN goes with" in " ".join(done.stderr.split())
+
+
+def test_what_a_whole_run_wrote(whole: tuple[Path, str, RunRecord]) -> None:
+    root, _, record = whole
     outputs = {task.title: {name: Path(a.uri) for name, a in task.outputs.items()} for task in record.tasks.values()}
 
     contexts = schema.rows(outputs["contexts"]["contexts"], "contexts")
@@ -123,6 +183,10 @@ def test_a_changed_setting_runs_its_stage_again_and_what_follows(quick: tuple[Pa
         "rec_tune 1",
         "evaluate (iteration 1)",
         "tabulate (iteration 1)",
+        "encode 1",
+        "train_ctr dcn 1",
+        "tabulate_ctr (dcn 1)",
+        "compare",
     }
 
 
@@ -132,12 +196,28 @@ def test_a_changed_input_is_seen(quick: tuple[Path, tuple[str, ...]], tmp_path: 
     shutil.copytree(tiny_model, model)
     root, settings = quick
     shorter = (*settings, f"base_model={model}", "loop.iterations=0", "loop.distillation=false")
-    for expected in ({"generate 0", "evaluate (iteration 0)", "tabulate (iteration 0)"}, set()):
+    ranked = {"encode 0", "train_ctr dcn 0", "tabulate_ctr (dcn 0)", "compare"}
+    for expected in ({"generate 0", "evaluate (iteration 0)", "tabulate (iteration 0)"} | ranked, set()):
         assert trackrec(root, "run", "--config", QUICKSTART, settings=shorter).returncode == 0
         assert ran(newest(root)) == expected
     (model / "generation_config.json").write_text("{}")
     assert trackrec(root, "run", "--config", QUICKSTART, settings=shorter).returncode == 0
     assert "generate 0" in ran(newest(root))
+
+
+def test_ablations_end_in_tables_6_and_7(quick: tuple[Path, tuple[str, ...]]) -> None:
+    root, settings = quick
+    twice = (*settings, "loop.iterations=2", "ranking.by_iteration_of=[dcn]")
+    done = trackrec(root, "run", "--config", QUICKSTART, "--pipeline", "ablations", settings=twice)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Whatever the whole pipeline did under the same settings.
+    assert not {"ingest", "contexts", "sft_generator"} & ran(newest(root))
+    results = Path(next(iter(newest(root).of_stage("compare").values())).outputs["results"].uri)
+    for table in ("table6", "table7", "iteration"):
+        rows = (results / f"{table}.csv").read_text(encoding="utf-8")
+        assert "DCN" in rows and "V" in rows
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert "Table 6" in page and "Table 7" in page
 
 
 def test_runs_of_one_second_have_names_of_their_own(tmp_path: Path) -> None:
@@ -159,7 +239,7 @@ def test_one_stage_again(quick: tuple[Path, tuple[str, ...]]) -> None:
     assert task.outputs["recots"].uri in done.stdout
 
     done = trackrec(root, "report", "--run", newest(root).run)
-    assert done.returncode == 1 and "is of one stage and has no table" in done.stderr
+    assert done.returncode == 1 and "is of one stage and has no report" in done.stderr
     done = trackrec(root, "stage", "sample 1", "--run", run.run, settings=("sdpo.beta=9",))
     assert (
         done.returncode == 1
@@ -199,6 +279,8 @@ def test_a_failing_stage_fails_the_run_with_its_reason(quick: tuple[Path, tuple[
         (("run", "--config", QUICKSTART, "--set", "sample.m=1"), "sample.m: unknown key; allowed here:"),
         (("run", "--config", QUICKSTART, "--set", "raw_data=/nowhere"), "raw_data: /nowhere does not exist"),
         (("run", "--config", QUICKSTART, "--set", "raw_data=package:ml-9"), "ml-100k"),
+        (("run", "--config", QUICKSTART, "--pipeline", "ablations", "--set", "loop.iterations=1"), "of 2 or more"),
+        (("run", "--config", QUICKSTART, "--set", "ranking.controls_of=[xdeepfm]"), "ranking.controls_of"),
         (("stage", "sample", "--run", "no-such-run"), "no finished run 'no-such-run'"),
     ],
 )
@@ -211,5 +293,5 @@ def test_what_the_user_can_mend_is_one_message(tmp_path: Path, arguments: tuple[
 def test_help_shows_all() -> None:
     line = [str(Path(sys.executable).with_name("trackrec")), "--help"]
     text = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    for command in ("run", "stage", "compile", "report", "stages", "ingest", "fetch"):
+    for command in ("run", "stage", "compile", "report", "explain", "stages", "ingest", "fetch"):
         assert re.search(rf"\b{command}\b", text), command

@@ -142,8 +142,12 @@ def tables(report: Report) -> list[Table]:
         Table(
             "table2",
             "Table 2: the RecCoT in every model",
-            f"Base: without a RecCoT; {ours}. V is an LLM, one model each, on the {report.examples} examples; its "
-            f"interval is over users.",
+            f"Base: without a RecCoT; {ours}."
+            + (
+                f" V is an LLM, one model each, on the {report.examples} examples; its interval is over users."
+                if report.rows
+                else ""
+            ),
             "With the RecCoT",
             (*_against_base(report, list(METRICS), "overall"), *_validator(report, UNTOLD, list(METRICS))),
         ),

@@ -131,8 +131,8 @@ def _data(
         unknown = set(names) - set(shown["context_id"].to_pylist())
         if unknown:
             raise vectors.VectorError(
-                f"{len(unknown)} of {len(names)} vectors are of contexts that {contexts} lacks (first: {min(unknown)}); "
-                "encode the RecCoTs of these contexts"
+                f"{len(unknown)} of {len(names)} vectors are of contexts that {contexts} lacks (first: "
+                f"{min(unknown)}); encode the RecCoTs of these contexts"
             )
         recot = recot_of_rows(rows, judged, shown, names)
         if feature == "random":
