@@ -320,8 +320,8 @@ class EncodeSettings(Settings):
     pooling: Literal["mean", "cls"] = "mean"
     # auto: bfloat16 on a GPU, float32 on a CPU.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # The most tokens, padding included, in one batch.
-    batch_tokens: Positive = 8192
+    # The most tokens, padding included, in one batch; a GPU takes more at once, a CPU is slower with more.
+    batch_tokens: Positive = 2048
 
 
 class CtrGrid(Settings):

@@ -46,7 +46,7 @@ class PoolingDIEN(DIEN):
 
 
 def data_of(tables: Path, history_length: int) -> Dataset:
-    """An ingest's tables without RecCoTs, and without the history's ratings, for which deepctr's models have no place."""
+    """An ingest's tables without RecCoTs and the history's ratings, for which deepctr's models have no place."""
     interactions = schema.read(tables, "interactions")
     data = dataset(
         interactions,

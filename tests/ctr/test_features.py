@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trackrec.ctr.embedding import NONE, UNKNOWN
 from trackrec.ctr.features import Dataset, dataset, recot_of_rows
+from trackrec.ctr.ranker import build
 from trackrec.data import schema
 
 
@@ -69,6 +70,32 @@ def test_what_is_rare_in_training_is_unknown_there_too() -> None:
     data = made(min_rows=2)
     assert data.rows.user.tolist() == [2, 2, UNKNOWN, 2, UNKNOWN]
     assert data.tables.item.tolist() == [NONE, UNKNOWN, 2, UNKNOWN, UNKNOWN]
+
+
+def test_a_log_without_ratings_and_attributes() -> None:
+    """What a generic log may leave out: the label stands for the rating, and no item has an attribute."""
+    rows = [
+        {**ROWS[1], "history": [{"item_id": "a", "rating": None, "label": 1}]},
+        {
+            **ROWS[3],
+            "history": [{"item_id": "a", "rating": None, "label": 1}, {"item_id": "b", "rating": None, "label": 0}],
+        },
+    ]
+    items = [{"item_id": name, "title": name, "attributes": None} for name in "abc"]
+    data = dataset(
+        pa.Table.from_pylist(rows, schema=schema.TABLES["interactions"]),
+        pa.Table.from_pylist(items, schema=schema.TABLES["items"]),
+        history_length=2,
+        min_rows=1,
+        recot=np.zeros(2),
+        vectors=torch.zeros(1, 0),
+    )
+    # 0 is numbered 2, 1 is numbered 3.
+    assert data.rows.history_rating.tolist() == [[3, NONE], [3, 2]]
+    assert data.tables.item_attributes.tolist() == [[NONE]] * 5
+    assert data.vocabulary.attributes == 2
+    model = build("din", data.vocabulary, 4, (4, 2), seed=0)
+    assert model(data.batch(torch.arange(2)), data.tables).isfinite().all()
 
 
 def test_no_train_row_is_an_error() -> None:

@@ -1,8 +1,9 @@
 """Our backbones are deepctr-torch's: the same answers from the same weights, and the same AUC from the same data.
 
 Matched for both (`tests.ctr.deepctr`): MovieLens-100k's rows and split; the fields user, item, attributes (mean) and
-history (mean, in the item's table, without ratings); the field's size, hidden layers, batch size, Adam's learning rate and the epochs,
-the best one by valid AUC; the distribution of the initial weights; no regularisation, dropout or batch normalisation.
+history (mean, in the item's table, without ratings); the field's size, hidden layers, batch size, Adam's learning rate
+and the epochs, the best one by valid AUC; the distribution of the initial weights; no regularisation, dropout or batch
+normalisation.
 
 - AutoInt: interacting layers and their residual alone, two heads, no deep network and no linear part.
 - DeepFM, FiBiNET: first-order weights of user, item and attributes. deepctr shares FiBiNET's bilinear weights between

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
+from trackrec.config import Backbone
+from trackrec.ctr import stack
 from trackrec.ctr.backbones import BACKBONES
 from trackrec.ctr.embedding import Batch
 from trackrec.ctr.features import Dataset, dataset
@@ -55,16 +57,31 @@ def test_together_is_alone(backbone: str, log: dict[str, pa.Table]) -> None:
     assert np.abs(together[0].scores - together[1].scores).max() > 0.01
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_compiled_steps_are_the_plain_ones(
+    backbone: Backbone, log: dict[str, pa.Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout's masks move on in both; the last batch of an epoch has another shape, and stays plain."""
+    data = data_of(log)
+    found = []
+    for often in (2, 10**9):
+        monkeypatch.setattr(stack, "_OFTEN", often)
+        found.append(train(data, backbone, HYPERS, **TRAINING, score=data.of_split("test")))
+    for compiled, plain in zip(*found, strict=True):
+        assert compiled.epoch == plain.epoch
+        np.testing.assert_allclose(compiled.scores, plain.scores, rtol=1e-4, atol=1e-5)
+
+
 def test_a_step_is_torchs_adam(log: dict[str, pa.Table]) -> None:
     data = data_of(log)
     hyper = Hyper(3, 0.01, 0.0, 1e-2)
-    stack = Stack([build("deepfm", data.vocabulary, **SHAPE, seed=3)], [hyper])
+    models = Stack([build("deepfm", data.vocabulary, **SHAPE, seed=3)], [hyper])
     plain = build("deepfm", data.vocabulary, **SHAPE, seed=3)
     adam = torch.optim.Adam(plain.parameters(), lr=0.01, weight_decay=1e-2)
     for start in range(0, 256, 64):
         rows = torch.arange(start, start + 64)
         batch = Batch(*(part[rows] for part in data.rows))
-        [loss] = stack.step(Batch(*(part[None] for part in batch)), data.tables, data.labels[rows][None])
+        [loss] = models.step(Batch(*(part[None] for part in batch)), data.tables, data.labels[rows][None])
         expected = F.binary_cross_entropy_with_logits(plain(batch, data.tables), data.labels[rows])
         adam.zero_grad()
         expected.backward()
@@ -72,7 +89,7 @@ def test_a_step_is_torchs_adam(log: dict[str, pa.Table]) -> None:
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, weight in plain.named_parameters():
         # A step moves a weight by .01; where the gradient is near Adam's epsilon, rounding moves it by a little more.
-        torch.testing.assert_close(stack.weights[name][0], weight.detach(), rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(models.weights[name][0], weight.detach(), rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -81,13 +98,13 @@ def test_every_weight_of_a_backbone_learns(backbone: str, log: dict[str, pa.Tabl
     data = data_of(log)
     # FiBiNET's squeeze has one unit for five fields, and under some seeds its ReLU starts dead.
     before = build(backbone, data.vocabulary, **SHAPE, seed=5)
-    stack = Stack([build(backbone, data.vocabulary, **SHAPE, seed=5)], HYPERS[:1])
+    models = Stack([build(backbone, data.vocabulary, **SHAPE, seed=5)], HYPERS[:1])
     rows = data.of_split("train")
     for _ in range(3):
         batch = Batch(*(part[rows][None] for part in data.rows))
-        stack.step(batch, data.tables, data.labels[rows][None])
+        models.step(batch, data.tables, data.labels[rows][None])
     for name, weight in before.named_parameters():
-        assert not torch.equal(stack.weights[name][0], weight), name
+        assert not torch.equal(models.weights[name][0], weight), name
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

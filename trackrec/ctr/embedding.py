@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trackrec.ctr.layers import MLP
+from trackrec.ctr.layers import MLP, Lookup
 
 # Number 0 of every id: none (padding, or no RecCoT). Number 1: one that the train split has too rarely, or not at all.
 NONE = 0
@@ -86,31 +86,29 @@ class FieldEmbedding(nn.Module):
 
     def __init__(self, vocabulary: Vocabulary, size: int, hidden: Sequence[int] = (64,)) -> None:
         super().__init__()
-        self.user = _table(vocabulary.users, size + 1)
-        self.item = _table(vocabulary.items, size + 1)
-        self.attribute = _table(vocabulary.attributes, size + 1)
-        self.rating = _table(vocabulary.ratings, size)
+        self.user = Lookup(vocabulary.users, size + 1)
+        self.item = Lookup(vocabulary.items, size + 1)
+        self.attribute = Lookup(vocabulary.attributes, size + 1)
+        self.rating = Lookup(vocabulary.ratings, size)
         self.connector = Connector(vocabulary.vector_width, size + 1, hidden) if vocabulary.vector_width else None
 
     def forward(self, batch: Batch, tables: Tables) -> Embedded:
+        # Split rather than sliced: a slice's gradient is padded with zeros and added, a split's is put together.
+        size = self.user.embedding_dim - 1
         items = self.item(tables.item[torch.cat([batch.item[:, None], batch.history], dim=1)])
+        item, earlier = items.split([1, batch.history.shape[1]], dim=1)
         attributes = tables.item_attributes[batch.item]
-        found = [self.user(batch.user), items[:, 0], masked_mean(self.attribute(attributes), attributes != NONE)]
+        pooled = masked_mean(self.attribute(attributes), attributes != NONE)
+        found = [self.user(batch.user)[:, None], item, pooled[:, None]]
         if self.connector is not None:
-            found.append(self.connector(tables.vectors[batch.recot], batch.recot != NONE))
-        both = torch.stack(found, dim=1)
+            found.append(self.connector(tables.vectors[batch.recot], batch.recot != NONE)[:, None])
+        own, first_order = torch.cat(found, dim=1).split([size, 1], dim=2)
         mask = batch.history != NONE
-        history = items[:, 1:, :-1] + self.rating(batch.history_rating)
-        fields = torch.cat([both[:, :, :-1], masked_mean(history, mask)[:, None]], dim=1)
-        return Embedded(fields, both[:, :, -1].sum(1), items[:, 0, :-1], history, mask)
+        history = earlier.split([size, 1], dim=2)[0] + self.rating(batch.history_rating)
+        fields = torch.cat([own, masked_mean(history, mask)[:, None]], dim=1)
+        return Embedded(fields, first_order.sum((1, 2)), own[:, 1], history, mask)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """The mean over the second last dimension of values [..., n, D] where mask [..., n]; 0 where it is nowhere."""
     return (values * mask[..., None]).sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1)
-
-
-def _table(numbers: int, size: int) -> nn.Embedding:
-    table = nn.Embedding(numbers, size)
-    nn.init.normal_(table.weight, std=0.01)
-    return table

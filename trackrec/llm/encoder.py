@@ -26,7 +26,7 @@ class TextEncoder:
         batch_tokens: the most tokens, padding included, in one batch.
     """
 
-    def __init__(self, model: Path, *, pooling: Pooling, dtype: str = "auto", batch_tokens: int = 16384) -> None:
+    def __init__(self, model: Path, *, pooling: Pooling, dtype: str = "auto", batch_tokens: int = 2048) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         loaded: Any = AutoModel.from_pretrained(
             model, dtype=torch_dtype(dtype), local_files_only=True, use_safetensors=True
