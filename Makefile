@@ -62,6 +62,8 @@ bench: setup ## Run the benchmarks of the README's table (ML_1M=path to ml-1m.zi
 	$(BIN)/python benchmarks/sdpo.py
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python -m benchmarks.ctr
+	$(BIN)/python benchmarks/encode.py
 	if [ -n "$(ML_1M)" ]; then $(BIN)/python benchmarks/ingest.py ml-1m $(ML_1M); fi
 
 .PHONY: lock

@@ -19,7 +19,7 @@ from trackrec.ctr.embedding import Batch, Tables
 from trackrec.ctr.layers import Dropout
 
 # Steps of one batch shape after which it is compiled: compiling takes about as long as these do.
-_OFTEN = 50
+_OFTEN = 100
 
 
 @dataclass(frozen=True)
