@@ -3,8 +3,7 @@
 The loop is unrolled in Python, so each iteration's stages are tasks of their own: cached, retried and re-run singly.
 """
 
-from dataclasses import dataclass, field
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from kfp.dsl.pipeline_channel import PipelineArtifactChannel
 from kfp.dsl.pipeline_task import PipelineTask
@@ -26,13 +25,11 @@ from trackrec.evaluation.report import Variant
 from trackrec.run_config import RunConfig
 
 
-@dataclass
-class Turns:
-    """What the iterations made, by t from 0 on: G's greedy RecCoTs, and V's evaluation under them."""
+class Turns(NamedTuple):
+    """What the iterations made: G's greedy RecCoTs by t, from 0 on, and the last V."""
 
-    recots: list[PipelineArtifactChannel] = field(default_factory=list)
-    evaluations: list[PipelineArtifactChannel] = field(default_factory=list)
-    validator: PipelineArtifactChannel | None = None
+    recots: list[PipelineArtifactChannel]
+    validator: PipelineArtifactChannel
 
 
 class Loop:
@@ -66,10 +63,8 @@ class Loop:
     def alternate(self, generator: PipelineArtifactChannel) -> Turns:
         """Algorithm 2's loop: T iterations from the initial G; V begins as the base model."""
         validator = self.base
-        turns = Turns([self.written(generator, 0)])
-        turns.evaluations.append(
-            self.evaluated("iteration 0", 0, "iteration", validator=validator, recots=turns.recots[0])
-        )
+        written = [self.written(generator, 0)]
+        self.evaluated("iteration 0", 0, "iteration", validator=validator, recots=written[0])
         for t in range(1, self.config.loop.iterations + 1):
             # Stage 1: generator training, maximising the feedback reward (Algorithm 1, then eq. 4).
             rewards, generator = self.aligned(generator, validator, t)
@@ -77,27 +72,23 @@ class Loop:
             recots = self.written(generator, t)
             start = validator if self.config.loop.validator_init == "previous" else self.base
             validator = self.tuned(validator=start, iteration=t, recots=recots)
-            turns.recots.append(recots)
-            turns.evaluations.append(
-                self.evaluated(
-                    f"iteration {t}",
-                    t,
-                    "iteration",
-                    validator=validator,
-                    recots=recots,
-                    rewards=rewards,
-                    generator=generator,
-                )
+            written.append(recots)
+            self.evaluated(
+                f"iteration {t}",
+                t,
+                "iteration",
+                validator=validator,
+                recots=recots,
+                rewards=rewards,
+                generator=generator,
             )
-        turns.validator = validator
-        return turns
+        return Turns(written, validator)
 
-    def tuned_as_often(self, recots: PipelineArtifactChannel | None = None) -> PipelineArtifactChannel:
-        """V tuned as often as in `alternate`, on the same examples: with these RecCoTs every time, or without any."""
+    def tuned_without_recots(self) -> PipelineArtifactChannel:
+        """V tuned as often as in `alternate`, on the same examples, without RecCoTs."""
         tuned, last = self.base, self.config.loop.iterations
         for t in range(1, last + 1) if self.config.loop.validator_init == "previous" else [last]:
-            name = "" if recots else " (no RecCoT)"
-            tuned = self.tuned(validator=tuned, iteration=t, recots=recots, title=f"rec_tune {t}{name}")
+            tuned = self.tuned(validator=tuned, iteration=t, title=f"rec_tune {t} (no RecCoT)")
         return tuned
 
     def distilled(self) -> PipelineArtifactChannel:
@@ -228,8 +219,8 @@ class Loop:
         rewards: PipelineArtifactChannel | None = None,
         generator: PipelineArtifactChannel | None = None,
         shuffled: bool = False,
-    ) -> PipelineArtifactChannel:
-        """Evaluates V and adds a row to the report; returns V's metrics."""
+    ) -> None:
+        """Evaluates V and adds a row to the report."""
         task = evaluate(
             settings=values(self.config.evaluate),
             seed=self.config.seed,
@@ -240,27 +231,12 @@ class Loop:
             validator=validator,
             **given(recots=recots),
         )
-        metrics = self._placed(task, "evaluate", f"evaluate ({label})").outputs["metrics"]
-        self.tabulated(label, iteration, kind, metrics, rewards=rewards, generator=generator)
-        return metrics
-
-    def tabulated(
-        self,
-        label: str,
-        iteration: int,
-        kind: str,
-        metrics: PipelineArtifactChannel,
-        *,
-        rewards: PipelineArtifactChannel | None = None,
-        generator: PipelineArtifactChannel | None = None,
-    ) -> None:
-        """Adds a row to the report."""
         row = tabulate(
             label=label if self.variant == "full" else f"{label}, {self.variant}",
             iteration=iteration,
             kind=kind,
             variant=self.variant,
-            metrics=metrics,
+            metrics=self._placed(task, "evaluate", f"evaluate ({label})").outputs["metrics"],
             **given(previous=self.report, rewards=rewards, generator=generator),
         )
         self.report = self._placed(row, "tabulate", f"tabulate ({label})").outputs["report"]

@@ -36,7 +36,7 @@ def build(config: RunConfig) -> GraphComponent:
         turns = loop.alternate(generator)
         if config.loop.controls and last:
             # As often as V, on the same examples: the RecCoTs are all that V had more.
-            loop.evaluated("no RecCoT, tuned", last, "control", validator=loop.tuned_as_often())
+            loop.evaluated("no RecCoT, tuned", last, "control", validator=loop.tuned_without_recots())
         if config.loop.controls:
             loop.evaluated(
                 "RecCoTs shuffled between users",

@@ -255,6 +255,7 @@ def test_settings_that_may_be_none_default_to_none() -> None:
         ("ranking.backbones=[xdeepfm]", "ranking.backbones"),
         ("train_ctr.hidden=[64, 33]", r"the last of `hidden` \(33\) must be even"),
         ("train_ctr.seeds=1", "train_ctr.seeds"),
+        ("evaluate.long_tail_rows=5", "`train_ctr.long_tail_rows` and `evaluate.long_tail_rows` must be equal"),
         ("train_ctr.grid.dropout=[]", "train_ctr.grid.dropout"),
         ("train_ctr.grid.dropout=[1.0]", "train_ctr.grid.dropout"),
     ],

@@ -351,10 +351,11 @@ class TrainCtrSettings(Settings):
     epochs: Positive = 20
     # Stops when the valid AUC has not risen for so many epochs, and goes back to the best one.
     patience: Positive = 2
+    # ... which counts from this optimiser step on: near its first weights a model may stand still.
+    min_steps: Count = 300
     # Models of the chosen point, each under its own seed; a paired test needs two, five make it worth something.
     seeds: Annotated[int, Field(ge=2)] = 5
-    # Measured on; and the slices, as `evaluate` has them.
-    split: Split = "test"
+    # The slices of the test split, as `evaluate` has them.
     warm_rows: Count = 3
     long_tail_rows: Count = 10
     calibration_bins: Positive = 10

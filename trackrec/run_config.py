@@ -187,6 +187,9 @@ class RunConfig(Settings):
             raise ValueError(
                 "`loop.distillation: true` needs `distill_data`; give it, or set `loop.distillation: false`"
             )
+        for key in ("warm_rows", "long_tail_rows"):
+            if getattr(self.train_ctr, key) != getattr(self.evaluate, key):
+                raise ValueError(f"`train_ctr.{key}` and `evaluate.{key}` must be equal: one report compares both")
         if self.ranking is not None and self.encoder is None:
             raise ValueError("`ranking` needs `encoder`, a BERT-family model that turns RecCoTs into vectors; name one")
         for stage in ("sample", "score", "generate", "evaluate"):

@@ -35,7 +35,7 @@ ITEMS = [
 ]
 
 
-def made(rows: list[dict[str, Any]] = ROWS, min_rows: int = 1) -> Dataset:
+def made(rows: list[dict[str, Any]] = ROWS, min_rows: int = 1, max_train_rows: int | None = None) -> Dataset:
     return dataset(
         pa.Table.from_pylist(rows, schema=schema.TABLES["interactions"]),
         pa.Table.from_pylist(ITEMS, schema=schema.TABLES["items"]),
@@ -43,6 +43,7 @@ def made(rows: list[dict[str, Any]] = ROWS, min_rows: int = 1) -> Dataset:
         min_rows=min_rows,
         recot=np.zeros(len(rows), dtype=np.int64),
         vectors=torch.zeros(1, 0),
+        max_train_rows=max_train_rows,
     )
 
 
@@ -53,13 +54,13 @@ def test_numbers() -> None:
     assert data.rows.item.tolist() == [2, 3, 2, 4, 2]
     # c has no number of its own: the train split has no row of it.
     assert data.tables.item.tolist() == [NONE, UNKNOWN, 2, 3, UNKNOWN]
-    # The newest two, oldest first; ratings 2 and 5 are numbered 2 and 3.
+    # The newest two, oldest first; 5 is the one rating in a train row's history.
     assert data.rows.history.tolist() == [[NONE] * 2, [2, NONE], [NONE] * 2, [3, UNKNOWN], [NONE] * 2]
-    assert data.rows.history_rating.tolist() == [[NONE] * 2, [3, NONE], [NONE] * 2, [2, 3], [NONE] * 2]
+    assert data.rows.history_rating.tolist() == [[NONE] * 2, [2, NONE], [NONE] * 2, [UNKNOWN, 2], [NONE] * 2]
     # Sorted by name: epic 2, war 3. c keeps the one that training knows; noir is nobody's that training saw.
     assert data.tables.item_attributes.tolist() == [[0, 0], [0, 0], [3, 2], [0, 0], [3, 0]]
     assert (data.vocabulary.users, data.vocabulary.items) == (4, 4)
-    assert (data.vocabulary.attributes, data.vocabulary.ratings) == (4, 4)
+    assert (data.vocabulary.attributes, data.vocabulary.ratings) == (4, 3)
     assert data.labels.tolist() == [1, 0, 1, 1, 0]
     assert data.of_split("train").tolist() == [0, 1, 2]
     assert data.user_train_rows.tolist() == [2, 2, 1, 2, 0]
@@ -90,12 +91,21 @@ def test_a_log_without_ratings_and_attributes() -> None:
         recot=np.zeros(2),
         vectors=torch.zeros(1, 0),
     )
-    # 0 is numbered 2, 1 is numbered 3.
-    assert data.rows.history_rating.tolist() == [[3, NONE], [3, 2]]
+    # The train row's history knows liked alone.
+    assert data.rows.history_rating.tolist() == [[2, NONE], [2, UNKNOWN]]
     assert data.tables.item_attributes.tolist() == [[NONE]] * 5
     assert data.vocabulary.attributes == 2
     model = build("din", data.vocabulary, 4, (4, 2), seed=0)
     assert model(data.batch(torch.arange(2)), data.tables).isfinite().all()
+
+
+def test_only_the_newest_train_rows() -> None:
+    """Those say which ids there are; how often a user or an item was seen is counted on all."""
+    data = made(max_train_rows=1)
+    assert data.split.tolist() == ["", "", "train", "test", "valid"]
+    assert data.names.users == ["u2"] and data.names.items == ["a"]
+    assert data.user_train_rows.tolist() == made().user_train_rows.tolist()
+    assert made(max_train_rows=3).split.tolist() == made().split.tolist()
 
 
 def test_no_train_row_is_an_error() -> None:

@@ -96,24 +96,29 @@ def test_target_attention() -> None:
     close(attention(torch.tensor([[3.0]]), torch.tensor([[[2.0], [0.0]]])), [[2 * 6123 + 0.5, 2 * 303 + 0.5]])
 
 
-def gru() -> GRUCell:
-    cell = GRUCell(1, 1)
-    fill(cell.gates.weight, [[1.0, 0], [0, 1]])  # update sees x, reset sees the state
+def fill_gru(cell: GRUCell) -> None:
+    """One number a state: update sees x, reset sees the state, the candidate both."""
+    fill(cell.gates.weight, [[1.0, 0], [0, 1]])
     fill(cell.gates.bias, [0.0, 0])
-    fill(cell.candidate.weight, [[1.0, 1]])
+    fill(cell.candidate.weight, [[1.0]])
     fill(cell.candidate.bias, [0.0])
-    return cell
+    fill(cell.earlier.weight, [[1.0]])
+
+
+def gru_step(x: float, h: float, attention: float = 1.0) -> float:
+    """`fill_gru`'s by hand."""
+    z, r = attention * sigmoid(x), sigmoid(h)
+    return (1 - z) * h + z * math.tanh(x + r * h)
 
 
 def test_gru_and_augru() -> None:
-    x, h = 0.5, 0.8
-    z, r = sigmoid(x), sigmoid(h)
-    candidate = math.tanh(x + r * h)
-    arguments = torch.tensor([[x]]), torch.tensor([[h]])
-    close(gru()(*arguments), [[(1 - z) * h + z * candidate]])
+    cell = GRUCell(1, 1)
+    fill_gru(cell)
+    arguments = torch.tensor([[0.5]]), torch.tensor([[0.8]])
+    close(cell(*arguments), [[gru_step(0.5, 0.8)]])
     # AUGRU: a target the item says little about leaves the state as it is.
-    close(gru()(*arguments, torch.tensor([0.25])), [[(1 - z / 4) * h + z / 4 * candidate]])
-    close(gru()(*arguments, torch.tensor([0.0])), [[h]])
+    close(cell(*arguments, torch.tensor([0.25])), [[gru_step(0.5, 0.8, 0.25)]])
+    close(cell(*arguments, torch.tensor([0.0])), [[0.8]])
 
 
 def test_gru_is_torchs() -> None:
@@ -125,13 +130,10 @@ def test_gru_is_torchs() -> None:
         ours.gates.weight.copy_(
             torch.cat([-torch.cat([weight[4:8], hidden[4:8]], 1), torch.cat([weight[:4], hidden[:4]], 1)])
         )
-        ours.candidate.weight.copy_(torch.cat([weight[8:], hidden[8:]], 1))
+        ours.candidate.weight.copy_(weight[8:])
+        ours.earlier.weight.copy_(hidden[8:])
         for bias in (ours.gates.bias, ours.candidate.bias):
             bias.zero_()
-    # torch scales W_hh h by the reset gate, DIEN (eq. 10) the state itself: the same with a diagonal W_hh.
-    with torch.no_grad():
-        torchs.weight_hh[8:].copy_(torch.diag(torch.tensor([1.0, -2, 0.5, 3])))
-        ours.candidate.weight[:, 3:].copy_(torchs.weight_hh[8:])
     x, h = torch.randn(5, 3), torch.randn(5, 4)
     torch.testing.assert_close(ours(x, h), torchs(x, h))
 
@@ -143,10 +145,7 @@ def graph(steps: int) -> FieldGraph:
     fill(made.outgoing, [[[2.0]], [[3.0]]])
     fill(made.incoming, [[[1.0]], [[-1.0]]])
     fill(made.bias, [0.1])
-    fill(made.update.gates.weight, [[1.0, 0], [0, 1]])
-    fill(made.update.gates.bias, [0.0, 0])
-    fill(made.update.candidate.weight, [[1.0, 1]])
-    fill(made.update.candidate.bias, [0.0])
+    fill_gru(made.update)
     return made
 
 
@@ -155,10 +154,7 @@ def test_field_graph() -> None:
     states = [0.4, -0.2]
     # With two nodes each takes all from the other.
     received = [-0.2 * 3 * 1 + 0.1, 0.4 * 2 * -1 + 0.1]
-    expected = []
-    for x, h in zip(received, states, strict=True):
-        z, r = sigmoid(x), sigmoid(h)
-        expected.append((1 - z) * h + z * math.tanh(x + r * h) + h)
+    expected = [gru_step(x, h) + h for x, h in zip(received, states, strict=True)]
     close(graph(1)(torch.tensor([[[0.4], [-0.2]]])), [[[expected[0]], [expected[1]]]])
     close(graph(0)(torch.tensor([[[0.4], [-0.2]]])), [[[0.4], [-0.2]]])
 

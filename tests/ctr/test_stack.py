@@ -29,7 +29,7 @@ def data_of(log: dict[str, pa.Table], width: int = 5) -> Dataset:
     users = log["interactions"]["user_id"].to_pylist()
     numbers = [int(user[1:]) for user in users]
     rng = np.random.default_rng(1)
-    vectors = rng.normal(size=(31, width)).astype(np.float32)
+    vectors = rng.normal(size=(31, 5)).astype(np.float32)
     vectors[1:, 0] = [k % 2 for k in range(30)]
     recot = np.array([number + 1 if number % 3 else 0 for number in numbers])
     return dataset(
@@ -38,7 +38,7 @@ def data_of(log: dict[str, pa.Table], width: int = 5) -> Dataset:
         history_length=5,
         min_rows=1,
         recot=recot if width else recot * 0,
-        vectors=torch.from_numpy(vectors),
+        vectors=torch.from_numpy(vectors[:, :width]),
     )
 
 
@@ -154,6 +154,31 @@ def test_a_model_goes_back_to_its_best_epoch(log: dict[str, pa.Table]) -> None:
         [short] = train(data, "deepfm", [HYPERS[number]], **shape | {"epochs": long.epoch}, score=valid)
         assert short.epoch == long.epoch
         np.testing.assert_allclose(long.scores, short.scores, atol=1e-3)
+
+
+def test_patience_is_each_models_own(log: dict[str, pa.Table]) -> None:
+    """A model that has not got better stops, whatever its neighbours do, and ends as it would have alone."""
+    data = data_of(log)
+    epochs: list[int] = []
+    shape = TRAINING | {"epochs": 40, "patience": 1}
+    together = train(data, "deepfm", HYPERS, **shape, progress=epochs.append)
+    assert len(epochs) < 40
+    for number, hyper in enumerate(HYPERS):
+        own: list[int] = []
+        [alone] = train(data, "deepfm", [hyper], **shape, progress=own.append)
+        assert together[number].epoch == alone.epoch
+        assert together[number].valid_auc == pytest.approx(alone.valid_auc, abs=1e-3)
+        # One epoch without a gain after the best ends it.
+        assert own[-1] == alone.epoch + 1
+    assert epochs[-1] == max(model.epoch for model in together) + 1
+
+
+def test_patience_counts_from_min_steps_on(log: dict[str, pa.Table]) -> None:
+    """Six steps an epoch: with 60, no model stops before its tenth."""
+    epochs: list[int] = []
+    shape = TRAINING | {"epochs": 40, "patience": 1, "min_steps": 60}
+    train(data_of(log), "deepfm", HYPERS[:1], **shape, progress=epochs.append)
+    assert 10 <= epochs[-1] < 40
 
 
 def test_valid_with_one_class_is_an_error(log: dict[str, pa.Table]) -> None:

@@ -1,5 +1,6 @@
 """The text encoder against transformers and sentence-transformers, on the real all-MiniLM-L6-v2."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +69,14 @@ def test_a_long_text_is_cut_and_keeps_its_last_special_token(minilm: Path) -> No
     with torch.inference_mode():
         states = encoder.model(input_ids=torch.tensor([[*ids[:511], ids[-1]]])).last_hidden_state
     np.testing.assert_allclose(found, states[0, 0].numpy(), atol=1e-5)
+
+
+def test_the_tokenizers_limit_counts_where_it_is_lower(minilm: Path, tmp_path: Path) -> None:
+    """RoBERTa has two positions more than tokens it can read, and its tokenizer knows."""
+    shutil.copytree(minilm, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    tokenizer.model_max_length = 16
+    tokenizer.save_pretrained(tmp_path / "model")
+    encoder = TextEncoder(tmp_path / "model", pooling="mean", dtype="float32")
+    assert encoder.limit == 16
+    assert encoded(encoder, ["word " * 40]).shape == (1, 384)

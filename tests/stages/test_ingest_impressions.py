@@ -130,8 +130,8 @@ def test_impression_log_with_an_items_file_and_a_rating_threshold(tmp_path: Path
     found = [(row[0], row[2], row[3], row[5]) for row in read_rows(out)]
     assert found == [("train", "a", 1, DAY_1), ("valid", "b", 0, DAY_2), ("test", "c", 1, DAY_3)]
     assert schema.rows(out, "items") == [
-        {"item_id": "a", "title": "Alpha, the first", "attributes": ["x", "1999"]},
-        {"item_id": "b", "title": "Beta", "attributes": ["2000"]},
+        {"item_id": "a", "title": "Alpha, the first", "attributes": ["genre=x", "year=1999"]},
+        {"item_id": "b", "title": "Beta", "attributes": ["year=2000"]},
         {"item_id": "c", "title": "c", "attributes": []},
     ]
 

@@ -32,5 +32,12 @@ def test_results_on_other_rows_are_refused(tmp_path: Path) -> None:
     one = trained(tmp_path / "a", inputs(tmp_path / "a"), feature="none") / "metrics"
     fewer = inputs(tmp_path / "b", interactions=ROWS["interactions"][:-2])
     other = trained(tmp_path / "b", fewer, feature="none", backbone="dcn") / "metrics"
-    with pytest.raises(ValueError, match="dcn is measured on 23 rows of split 'test', the rankings so far on 24"):
+    with pytest.raises(ValueError, match="dcn is measured on 23 rows of split 'test', which are not the 24 of 'test'"):
+        tabulate_ctr.run(variant="full", iteration=0, found=[one, other], report=tmp_path / "out")
+    # As many rows with other labels are others, too.
+    turned = [row | {"label": 1 - row["label"]} for row in ROWS["interactions"]]
+    other = (
+        trained(tmp_path / "c", inputs(tmp_path / "c", interactions=turned), feature="none", backbone="dcn") / "metrics"
+    )
+    with pytest.raises(ValueError, match="which are not the 24"):
         tabulate_ctr.run(variant="full", iteration=0, found=[one, other], report=tmp_path / "out")

@@ -36,7 +36,7 @@ class Embedded(NamedTuple):
     """What a backbone sees of a batch."""
 
     fields: Tensor  # [B, F, D]: user, item, attributes, RecCoT (where the model has it), history
-    first_order: Tensor  # [B]: the sum of the fields' own weights, what a linear model would answer
+    first_order: Tensor  # [B]: the own weights of user, item, attributes and RecCoT, summed: a linear model's answer
     target: Tensor  # [B, D]: the item judged
     history: Tensor  # [B, L, D]: the earlier items, each with how it was rated
     mask: Tensor  # bool [B, L]: where the history has an item

@@ -2,7 +2,7 @@
 
 Rows keep the interactions' order. Only the train split says which ids get numbers of their own: one that it has fewer
 than `min_rows` times, or not at all, is UNKNOWN, in training too, so that UNKNOWN is learned. An unknown item keeps its
-attributes, an unknown user history and RecCoT.
+attributes, an unknown user history and RecCoT. Where no train id is rare, UNKNOWN keeps its first weights.
 """
 
 from bisect import bisect_left
@@ -36,10 +36,10 @@ class Dataset:
 
     rows: Batch  # each [R] or [R, L]
     labels: Tensor  # float32 [R]
-    split: np.ndarray  # text [R]
+    split: np.ndarray  # text [R]; "" is of no split
     row_id: np.ndarray  # [R]
     users: np.ndarray  # text [R]
-    user_train_rows: np.ndarray  # [R]: how often the train split has the row's user
+    user_train_rows: np.ndarray  # [R]: how often the whole train split has the row's user
     item_train_rows: np.ndarray  # [R]
     tables: Tables
     vocabulary: Vocabulary
@@ -57,7 +57,14 @@ class Dataset:
 
 
 def dataset(
-    interactions: pa.Table, items: pa.Table, *, history_length: int, min_rows: int, recot: np.ndarray, vectors: Tensor
+    interactions: pa.Table,
+    items: pa.Table,
+    *,
+    history_length: int,
+    min_rows: int,
+    recot: np.ndarray,
+    vectors: Tensor,
+    max_train_rows: int | None = None,
 ) -> Dataset:
     """
     Args:
@@ -65,18 +72,25 @@ def dataset(
         history_length: L, the newest so many earlier items of a row.
         recot: [R], each row's row of `vectors`, NONE where there is no RecCoT (`recot_of_rows`).
         vectors: float32 [RecCoTs + 1, width]; width 0 where the model has no RecCoT field.
+        max_train_rows: only the newest so many train rows are trained on, and say which ids there are; the older are of
+            no split, but count in `user_train_rows` and `item_train_rows`.
 
     Raises:
         ValueError: the train split is empty.
     """
-    split = interactions["split"].to_numpy(zero_copy_only=False)
+    split = interactions["split"].to_numpy(zero_copy_only=False).astype(object)
+    whole = split == "train"
+    if max_train_rows is not None:
+        rows = np.flatnonzero(whole)
+        by_age = rows[np.argsort(interactions["timestamp"].to_numpy()[rows], kind="stable")]
+        split[by_age[: max(0, len(rows) - max_train_rows)]] = ""
     train = split == "train"
     if not train.any():
         raise ValueError("the interactions have no row in split 'train': there is nothing to train on")
     users = _known(interactions["user_id"], train, min_rows)
     known_items = _known(interactions["item_id"], train, min_rows)
     catalogue = sorted(items["item_id"].to_pylist())
-    history, history_rating, ratings = _histories(interactions["history"], catalogue, history_length)
+    history, history_rating, ratings = _histories(interactions["history"], catalogue, history_length, train)
     attributes, item_attributes = _attributes(items, catalogue, set(known_items))
     own_item = np.concatenate([[NONE, UNKNOWN], _lookup(pa.array(catalogue, pa.string()), known_items)])
     columns = (
@@ -93,8 +107,8 @@ def dataset(
         split=split,
         row_id=interactions["row_id"].to_numpy(),
         users=interactions["user_id"].to_numpy(zero_copy_only=False),
-        user_train_rows=_train_rows(interactions["user_id"], train),
-        item_train_rows=_train_rows(interactions["item_id"], train),
+        user_train_rows=_train_rows(interactions["user_id"], whole),
+        item_train_rows=_train_rows(interactions["item_id"], whole),
         tables=Tables(torch.from_numpy(own_item), torch.from_numpy(item_attributes), vectors),
         vocabulary=Vocabulary(
             users=len(users) + _FIRST,
@@ -155,19 +169,20 @@ def _lookup(column: pa.ChunkedArray | pa.Array, known: Iterable[str]) -> np.ndar
 
 
 def _histories(
-    column: pa.ChunkedArray, catalogue: list[str], length: int
+    column: pa.ChunkedArray, catalogue: list[str], length: int, train: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Items and ratings of the newest `length` earlier rows, [R, length] each, and the ratings there are.
 
-    A rating's number is its place among the ratings seen; without ratings the label's stands for it.
+    A rating's number is its place among those of the train rows' histories; without ratings the label stands for it.
     """
     lists = column.combine_chunks()
     flat = lists.flatten()
     sizes = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
     items = _lookup(flat.field("item_id"), catalogue)
     shown = pc.coalesce(flat.field("rating"), flat.field("label").cast(pa.float32())).to_numpy(zero_copy_only=False)
-    values = np.unique(shown)
-    ratings = np.searchsorted(values, shown) + _FIRST
+    values = np.unique(shown[np.repeat(train, sizes)])
+    places = np.minimum(np.searchsorted(values, shown), max(len(values) - 1, 0))
+    ratings = np.where(np.isin(shown, values), places + _FIRST, UNKNOWN)
     ends = np.cumsum(sizes)
     kept = np.minimum(sizes, length)
     places = (ends - kept)[:, None] + np.arange(length)

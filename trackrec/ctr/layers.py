@@ -195,19 +195,20 @@ class TargetAttention(nn.Module):
 
 
 class GRUCell(nn.Module):
-    """One step of a GRU; with `attention`, of AUGRU (DIEN eq. 14-16): the update gate is scaled by it."""
+    """One step of a GRU (DIEN eq. 8-11); with `attention`, of AUGRU (eq. 14-16): the update gate is scaled by it."""
 
     def __init__(self, inputs: int, size: int) -> None:
         super().__init__()
         self.gates = nn.Linear(inputs + size, 2 * size)
-        self.candidate = nn.Linear(inputs + size, size)
+        self.candidate = nn.Linear(inputs, size)
+        self.earlier = nn.Linear(size, size, bias=False)
 
     def forward(self, x: Tensor, hidden: Tensor, attention: Tensor | None = None) -> Tensor:
         """The next hidden state [B, size] from x [B, inputs], hidden [B, size] and attention [B]."""
         update, reset = self.gates(torch.cat([x, hidden], dim=-1)).sigmoid().chunk(2, dim=-1)
         if attention is not None:
             update = attention[:, None] * update
-        candidate = self.candidate(torch.cat([x, reset * hidden], dim=-1)).tanh()
+        candidate = (self.candidate(x) + reset * self.earlier(hidden)).tanh()
         return (1 - update) * hidden + update * candidate
 
 

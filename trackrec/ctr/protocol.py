@@ -14,6 +14,9 @@ from trackrec.ctr.stack import Hyper
 from trackrec.ctr.training import Trained, train
 from trackrec.evaluation.rankings import Point
 
+# The split that is measured; valid chooses, train trains.
+MEASURED = "test"
+
 
 @dataclass(frozen=True)
 class Found:
@@ -37,7 +40,8 @@ def run(
         progress: called after each epoch with what is being trained.
 
     Raises:
-        ValueError, FloatingPointError: as `train`.
+        ValueError: as `train`.
+        FloatingPointError: every point of the grid, or a seed at the chosen one, ended in losses that are no numbers.
     """
     grid = settings.grid
     shapes = list(itertools.product(grid.embedding_size, grid.batch_size))
@@ -57,6 +61,11 @@ def run(
         [(size, batch_size)], [best] = shapes, _points(grid, seed)
     hypers = [replace(best, seed=seed + k) for k in range(settings.seeds)]
     trained = _train(data, backbone, settings, hypers, size, batch_size, progress, "seeds", measured=True)
+    if any(model.valid_auc < 0 for model in trained):
+        raise FloatingPointError(
+            f"{backbone}: the loss is no number at learning rate {best.learning_rate:g}; lower "
+            "`train_ctr.grid.learning_rate`"
+        )
     if not searched:
         searched = [_point(trained[0], size, batch_size)]
         chosen = searched[0]
@@ -102,6 +111,7 @@ def _train(
         batch_size=batch_size,
         epochs=settings.epochs,
         patience=settings.patience,
-        score=data.of_split(settings.split) if measured else None,
+        min_steps=settings.min_steps,
+        score=data.of_split(MEASURED) if measured else None,
         progress=lambda epoch: progress(what, epoch),
     )

@@ -38,20 +38,22 @@ def train(
     batch_size: int,
     epochs: int,
     patience: int,
+    min_steps: int = 0,
     score: Tensor | None = None,
     progress: Callable[[int], None] = lambda epoch: None,
 ) -> list[Trained]:
     """Trains one model a `hypers`; what a model becomes does not depend on the others.
 
-    Stops when no model has got better on valid for `patience` epochs, and goes back to each model's best epoch.
+    Stops when no model has got better on valid for `patience` epochs, and goes back to each model's best epoch. A model
+    whose loss is no number any more ends at the epoch before; one that never had an epoch has a valid AUC of -1.
 
     Args:
+        min_steps: optimiser steps before patience counts: near its first weights a model may stand still.
         score: numbers of the rows to answer at the end; none by default. They decide nothing.
         progress: called after each epoch.
 
     Raises:
         ValueError: the valid split lacks one of the classes.
-        FloatingPointError: a loss is no number.
     """
     rows, valid = data.of_split("train"), data.of_split("valid")
     valid_labels = data.labels[valid].numpy()
@@ -60,25 +62,27 @@ def train(
     stack = Stack([build(backbone, data.vocabulary, size, hidden, hyper.seed) for hyper in hypers], hypers)
     orders = [torch.Generator().manual_seed(hyper.seed) for hyper in hypers]
     best, best_epoch, waiting = ([initial] * len(hypers) for initial in (-1.0, 0, 0))
+    ended = [False] * len(hypers)
     for epoch in range(1, epochs + 1):
         shuffled = torch.stack([rows[torch.randperm(len(rows), generator=order)] for order in orders])
         for numbers in shuffled.split(batch_size, dim=1):
-            losses = stack.step(data.batch(numbers), data.tables, data.labels[numbers])
-        if not losses.isfinite().all():
-            raise FloatingPointError(f"{backbone}: a loss is no number in epoch {epoch}; lower the learning rate")
+            stack.step(data.batch(numbers), data.tables, data.labels[numbers])
         better = []
         for model, scores in enumerate(_predict(stack, data, valid)):
-            if waiting[model] >= patience:
+            # A weight that is no number makes every later score none.
+            ended[model] |= not np.isfinite(scores).all()
+            if ended[model]:
                 continue
             auc = float(roc_auc_score(valid_labels, scores))
-            waiting[model] += 1
             if auc > best[model]:
                 best[model], best_epoch[model], waiting[model] = auc, epoch, 0
                 better.append(model)
-        if better:
-            stack.keep(better)
+            elif stack.steps >= min_steps:
+                waiting[model] += 1
+                ended[model] = waiting[model] >= patience
+        stack.keep(better)
         progress(epoch)
-        if all(epochs_waited >= patience for epochs_waited in waiting):
+        if all(ended):
             break
     stack.restore()
     answers = np.empty((len(hypers), 0)) if score is None else _predict(stack, data, score)

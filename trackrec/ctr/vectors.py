@@ -45,16 +45,18 @@ def of_table(table: pa.Table, width: int) -> tuple[list[str], Tensor]:
 
 
 def random_in_place_of(vectors: Tensor, seed: int) -> Tensor:
-    """Normal numbers of the vectors' own mean and spread: a control that knows the context and nothing of the text."""
+    """Normal numbers of each column's own mean and spread: a control that knows the context and nothing of the text."""
     real = vectors[1:]
     drawn = torch.randn(real.shape, generator=torch.Generator().manual_seed(seed))
-    return torch.cat([vectors[:1], drawn * real.std() + real.mean()])
+    return torch.cat([vectors[:1], drawn * real.std(0, correction=0) + real.mean(0)])
 
 
 def shuffled_between_users(
     names: list[str], vectors: Tensor, owners: Mapping[str, frozenset[str]], seed: int
 ) -> Tensor:
-    """Each context's vector replaced by one of other users.
+    """Each context's vector replaced by one of other users, whatever their split or moment.
+
+    A user's contexts get vectors of several users, so this control says nothing of a user's own style over time.
 
     Args:
         owners: the users of each context.

@@ -236,6 +236,8 @@ def _refuse_faults(rows: Table, path: Path) -> None:
 def _items(table: Table, log: ImpressionLog) -> Table:
     title = table[log.item_title].cast("string") if log.item_title in table.columns else ibis.null("string")
     named = [name for name in log.item_attributes if name in table.columns]
-    attributes = ibis.array([table[name].cast("string") for name in named]) if named else ibis.null("array<string>")
+    # With the column's name, since one value may stand in two columns.
+    shown = [ibis.literal(f"{name}=") + table[name].cast("string") for name in named]
+    attributes = ibis.array(shown) if named else ibis.null("array<string>")
     rows = table.select("line", item_id=table[log.item_id].cast("string"), title=title, attributes=attributes)
     return rows.mutate(attributes=rows.attributes.filter(lambda text: text.notnull()))

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import get_args
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from trackrec.config import Split
 from trackrec.evaluation import plots, tables
 from trackrec.evaluation.plots import Drawing
 from trackrec.evaluation.report import Report, notes
@@ -86,10 +88,13 @@ def _ranked(report: Report) -> str:
     if not report.rankings:
         return ""
     ranking = report.rankings[0].ranking
-    covered = max(found.ranking.covered for found in report.rankings)
+    reading = [found.ranking for found in report.rankings if found.ranking.feature != "none"]
+    most = max(reading, key=lambda one: one.covered["test"], default=ranking)
+    shares = ", ".join(f"{most.covered[s]:.1%} of the {s} rows ({most.recots[s]} texts)" for s in get_args(Split))
     return (
-        f"CTR models are measured on all {ranking.rows} {ranking.split} rows. {covered:.0%} of these have a RecCoT "
-        "older than the row; the others read a learned vector in its place, so the RecCoT cannot help them."
+        f"CTR models are measured on all {ranking.rows} {ranking.split} rows. A RecCoT older than the row is there for "
+        f"{shares}; the others read a learned vector in its place, so the RecCoT cannot help them. Few such train rows "
+        "teach the connector little."
     )
 
 

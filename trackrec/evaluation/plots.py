@@ -19,23 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trackrec.config import Backbone
+from trackrec.evaluation.arms import Metric, arm_of, labelled, recots_of, seed_values, validators_of
 from trackrec.evaluation.rankings import Ranking
 from trackrec.evaluation.report import Report, Row
-from trackrec.evaluation.tables import (
-    BACKBONES,
-    METRICS,
-    SHORT,
-    UNTOLD,
-    VALIDATOR,
-    Effect,
-    Metric,
-    Outcome,
-    arm_of,
-    labelled,
-    recots_of,
-    seed_values,
-    validators_of,
-)
+from trackrec.evaluation.tables import BACKBONES, METRICS, SHORT, UNTOLD, VALIDATOR, Effect, Outcome
 
 # Inches; shown about 330 px wide on a phone, where 10 pt are 12 px.
 _WIDTH, _HEIGHT = 3.9, 2.7

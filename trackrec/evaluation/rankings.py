@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from trackrec.config import Backbone
+from trackrec.config import Backbone, Split
 from trackrec.evaluation.results import METRICS_FILE, Measures, SliceName
 
 # What the model reads beside the ids: nothing, the RecCoTs' vectors, or a control's in their place: of RecCoTs of other
@@ -70,8 +70,12 @@ class Ranking(BaseModel):
     long_tail_rows: int
     warm_rows: int
     rows: int
-    # The share of the rows that has a RecCoT older than itself; the others read the learned missing vector.
-    covered: float
+    # Of the rows' ids and labels: two rankings are comparable where it is equal.
+    rows_hash: str
+    # The share of each split's rows that has a RecCoT older than itself; the others read the learned missing vector.
+    covered: dict[Split, float]
+    # How many RecCoTs the rows of each split read.
+    recots: dict[Split, int]
     searched: list[Point]
     chosen: Point
     seeds: list[SeedResult]

@@ -16,8 +16,8 @@ REPORT_JSON, REPORT_CSV, REPORT_MD = "report.json", "report.csv", "report.md"
 ABSENT = "–"
 
 Kind = Literal["baseline", "control", "iteration"]
-# Algorithm 2 whole, or without one part: preference alignment (Table 6), distillation (Table 7), iterating (T = 1).
-Variant = Literal["full", "no alignment", "no distillation", "no iteration"]
+# Algorithm 2 whole, or without one part: preference alignment (Table 6), distillation (Table 7).
+Variant = Literal["full", "no alignment", "no distillation"]
 
 
 class Row(BaseModel):
@@ -155,10 +155,11 @@ def add_ranking(report: Report, found: RankedBy) -> Report:
             if other == found:
                 return report
             raise ValueError(f"the report has another result of {' '.join(map(str, _arm(found)))} already")
-        if (other.ranking.split, other.ranking.rows) != (ranking.split, ranking.rows):
+        if (other.ranking.split, other.ranking.rows_hash) != (ranking.split, ranking.rows_hash):
             raise ValueError(
-                f"{ranking.backbone} is measured on {ranking.rows} rows of split {ranking.split!r}, the rankings so "
-                f"far on {other.ranking.rows} of {other.ranking.split!r}. Train all on the same interactions."
+                f"{ranking.backbone} is measured on {ranking.rows} rows of split {ranking.split!r}, which are not the "
+                f"{other.ranking.rows} of {other.ranking.split!r} of the rankings so far. Train all on the same "
+                "interactions."
             )
     return report.model_copy(update={"rankings": [*report.rankings, found]})
 
@@ -218,6 +219,14 @@ def notes(report: Report) -> list[str]:
         "preference sets that alignment does not train on. One half is chance.",
         "Mean reward at iteration t is over the samples it learned from: G's and V's of iteration t - 1.",
         f"{ABSENT}: not measured for this row, or not defined on it (metrics.json says why).",
+        *(
+            [
+                "Ranking models: no test label reaches a RecCoT. Train labels do, through V's rewards: a train row may read "
+                "a text of a G that was aligned on that very row, which a test row never does."
+            ]
+            if report.rankings
+            else []
+        ),
     ]
 
 

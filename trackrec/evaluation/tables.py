@@ -3,19 +3,20 @@
 Marks: `*` better with p < 0.001 (the paper's), `+` better with p < 0.05, `−` worse with p < 0.05.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from trackrec.config import Backbone
+from trackrec.evaluation.arms import Metric, arm_of, labelled, recots_of, seed_values, validators_of
 from trackrec.evaluation.rankings import Feature
 from trackrec.evaluation.report import ABSENT, RankedBy, Report, Row, Variant
 from trackrec.evaluation.results import SliceName
 from trackrec.evaluation.significance import Comparison, compare
 
-Metric = Literal["auc", "uauc", "acc", "log_loss"]
+T = TypeVar("T")
 Outcome = Literal["better", "worse", "not told apart", "not tested"]
 Interval = tuple[float, float]
 
@@ -63,9 +64,7 @@ class Effect:
     def outcome(self) -> Outcome:
         if self.test is None:
             return "not tested"
-        if (
-            self.test.p_value is None
-        ):  # every seed differs by as much: by nothing, or there is no spread to test against
+        if self.test.p_value is None:  # every seed differs by as much, so there is no spread to test against
             return "not tested" if self.test.difference else "not told apart"
         if self.test.p_value >= SIGNIFICANT:
             return "not told apart"
@@ -180,9 +179,10 @@ def tables(report: Report) -> list[Table]:
             "From {base} to the last",
             (*_over_iterations(report),),
         ),
-        _ablation(report, "no alignment", "table6", "Table 6: preference alignment", "With preference alignment"),
+        # The paper aligns once (4.4.1): the first iteration is what its absence is compared with.
+        _ablation(report, "no alignment", "table6", "Table 6: preference alignment", "With alignment", ours_at=1),
         _ablation(report, "no distillation", "table7", "Table 7: distillation", "With distillation"),
-        _ablation(report, "no iteration", "iteration", "Iterating against one round", "With iterations"),
+        _ablation(report, "full", "iteration", "Iterating against one iteration", "With iterations", base_at=1),
     ]
     return [table for table in found if table.effects]
 
@@ -240,18 +240,32 @@ def _over_iterations(report: Report) -> Iterator[Effect]:
         yield from (_untested(rows[min(rows)], rows[max(rows)], metric) for metric in SHORT)
 
 
-def _ablation(report: Report, variant: Variant, name: str, title: str, subject: str) -> Table:
+def _ablation(
+    report: Report,
+    variant: Variant,
+    name: str,
+    title: str,
+    subject: str,
+    *,
+    base_at: int | None = None,
+    ours_at: int | None = None,
+) -> Table:
+    """The loop of `variant` against the full one, each at the given iteration, by default the last."""
     effects: list[Effect] = []
     for backbone in get_args(Backbone):
-        without, full = recots_of(report, backbone, variant), recots_of(report, backbone, "full")
-        if without and full:
-            base, ours = without[max(without)], full[max(full)]
+        base = _at(recots_of(report, backbone, variant), base_at)
+        ours = _at(recots_of(report, backbone, "full"), ours_at)
+        if base and ours and base != ours:
             effects += [_tested(base, ours, f"{variant}, iteration {base.iteration}", metric) for metric in SHORT]
-    rows, whole = validators_of(report, variant), validators_of(report, "full")
-    if rows and whole:
-        effects += [_untested(rows[max(rows)], whole[max(whole)], metric) for metric in SHORT]
-    about = f"Base: the loop with {variant}; ours: the full loop; each with its last RecCoTs."
+    without, full = _at(validators_of(report, variant), base_at), _at(validators_of(report, "full"), ours_at)
+    if without and full and without != full:
+        effects += [_untested(without, full, metric) for metric in SHORT]
+    about = f"Base: {variant}; ours: the full loop; the iteration stands beside each."
     return Table(name, title, about, subject, tuple(effects))
+
+
+def _at(found: Mapping[int, T], iteration: int | None) -> T | None:
+    return found.get(max(found, default=0) if iteration is None else iteration)
 
 
 def _validator(
@@ -304,13 +318,6 @@ def _untested(base: Row, ours: Row, metric: Metric, where: SliceName = "overall"
     )
 
 
-def seed_values(found: RankedBy, where: SliceName, metric: Metric) -> dict[int, float]:
-    """The metric by seed, of the seeds that have it."""
-    measured = [(result.seed, result.slices[where]) for result in found.ranking.seeds if where in result.slices]
-    values = ((seed, getattr(measures, metric)) for seed, measures in measured)
-    return {seed: value for seed, value in values if value is not None}
-
-
 def _reason(found: RankedBy, where: SliceName, metric: Metric) -> str:
     """Why a seed lacks the metric; empty where none does."""
     for result in found.ranking.seeds:
@@ -318,39 +325,6 @@ def _reason(found: RankedBy, where: SliceName, metric: Metric) -> str:
         if measures is None or getattr(measures, metric) is None:
             return measures.absent.get(metric, "not measured") if measures else "not measured"
     return ""
-
-
-def arm_of(report: Report, backbone: Backbone, feature: Feature, iteration: int | None = None) -> RankedBy | None:
-    """The full loop's result with the feature, at `iteration` or of none (it reads no G's texts)."""
-    for found in report.rankings:
-        arm = (found.ranking.backbone, found.ranking.feature, found.variant)
-        if arm == (backbone, feature, "full") and found.iteration in (iteration, None):
-            return found
-    return None
-
-
-def recots_of(report: Report, backbone: Backbone, variant: Variant) -> dict[int, RankedBy]:
-    """By iteration."""
-    return {
-        found.iteration: found
-        for found in report.rankings
-        if (found.ranking.backbone, found.ranking.feature, found.variant) == (backbone, "recot", variant)
-        and found.iteration is not None
-    }
-
-
-def validators_of(report: Report, variant: Variant) -> dict[int, Row]:
-    """V's rows by iteration."""
-    return {
-        row.iteration: row
-        for row in report.rows
-        if row.kind == "iteration" and row.variant == variant and row.iteration is not None
-    }
-
-
-def labelled(report: Report, labels: Iterable[str]) -> Row | None:
-    rows = {row.label: row for row in report.rows}
-    return next((rows[label] for label in labels if label in rows), None)
 
 
 def _counted(group: list[Effect]) -> str:

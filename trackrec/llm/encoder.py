@@ -35,7 +35,8 @@ class TextEncoder:
         self.pooling = pooling
         self.batch_tokens = batch_tokens
         self.width = int(self.model.config.hidden_size)
-        self.limit = int(self.model.config.max_position_embeddings)
+        # RoBERTa has more positions than tokens it can read; its tokenizer says how many those are.
+        self.limit = min(int(self.tokenizer.model_max_length), int(self.model.config.max_position_embeddings))
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text's tokens, not cut: one of more than `limit` tokens loses its end in `encode`."""

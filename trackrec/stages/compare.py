@@ -13,8 +13,9 @@ from trackrec import storage
 from trackrec.data import schema
 from trackrec.evaluation import page, plots, tables
 from trackrec.evaluation import report as reports
+from trackrec.evaluation.arms import Metric
 from trackrec.evaluation.report import RankedBy, Report
-from trackrec.evaluation.tables import Effect, Metric, Table
+from trackrec.evaluation.tables import Effect, Table
 from trackrec.prompts.render import ShownItem
 
 PAGE, MARKDOWN = "report.html", "rankings.md"

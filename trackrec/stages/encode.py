@@ -63,8 +63,9 @@ def run(
         sums = np.zeros((len(context_ids), model.width))
         np.add.at(sums, owner, encoded)
         means = (sums / np.bincount(owner)[:, None]).astype(np.float32)
-        offsets = np.arange(0, means.size + 1, model.width, dtype=np.int32)
-        column = pa.ListArray.from_arrays(offsets, pa.array(means.ravel()))
+        # Arrow refuses offsets beyond 32 bits when the table is written; numpy would wrap them around.
+        offsets = np.arange(0, means.size + 1, model.width, dtype=np.int64)
+        column = pa.LargeListArray.from_arrays(offsets, pa.array(means.ravel()))
         schema.write(
             job.outputs["vectors"],
             "vectors",

@@ -1,6 +1,8 @@
 """One CTR backbone with or without the RecCoT as a field, and its metrics over several seeds (paper 3.6, eq. 8)."""
 
+import hashlib
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,7 @@ from pydantic import BaseModel
 from sklearn.metrics import roc_curve
 
 from trackrec import seeds, storage
-from trackrec.config import Backbone, TrainCtrSettings
+from trackrec.config import Backbone, Split, TrainCtrSettings
 from trackrec.ctr import protocol, ranker, vectors
 from trackrec.ctr.embedding import NONE
 from trackrec.ctr.features import Dataset, dataset, recot_of_rows
@@ -73,9 +75,9 @@ def run(
     outputs = {"trained": trained, "predictions": predictions, "metrics": metrics}
     with storage.publish("train_ctr", arm, inputs=inputs, outputs=outputs, seed=seed) as job:
         data = _data(settings, arm.feature, seed, interactions, items, examples, contexts, encoded)
-        measured = data.of_split(settings.split)
+        measured = data.of_split(protocol.MEASURED)
         if not len(measured):
-            raise ValueError(f"{interactions} has no row in split {settings.split!r}")
+            raise ValueError(f"{interactions} has no row in split {protocol.MEASURED!r}")
         with track(range(settings.epochs), f"Train {backbone}", unit="epoch") as bar:
 
             def progress(what: str, epoch: int) -> None:
@@ -104,7 +106,7 @@ def run(
         schema.write(job.outputs["predictions"], "ranked", table)
         job.facts |= {
             "rows": ranking.rows,
-            "covered": round(ranking.covered, 4),
+            "covered": round(ranking.covered["test"], 4),
             "seeds": len(found.models),
             "points": len(found.searched),
             "train_rows": len(data.of_split("train")),
@@ -122,7 +124,7 @@ def _data(
     contexts: Path,
     encoded: Path | None,
 ) -> Dataset:
-    rows = _newest(schema.read(interactions, "interactions"), settings.max_train_rows)
+    rows = schema.read(interactions, "interactions")
     recot, table = np.full(len(rows), NONE), torch.zeros(1, 0)
     if encoded is not None:
         judged = schema.read(examples, "examples", ["row_id", "context_id", "user_id"])
@@ -148,18 +150,8 @@ def _data(
         min_rows=settings.min_rows,
         recot=recot,
         vectors=table,
+        max_train_rows=settings.max_train_rows,
     )
-
-
-def _newest(rows: pa.Table, train_rows: int | None) -> pa.Table:
-    """All rows but the oldest train rows beyond `train_rows`."""
-    train = np.flatnonzero(rows["split"].to_numpy(zero_copy_only=False) == "train")
-    if train_rows is None or len(train) <= train_rows:
-        return rows
-    by_age = train[np.argsort(rows["timestamp"].to_numpy()[train], kind="stable")]
-    kept = np.ones(len(rows), dtype=bool)
-    kept[by_age[:-train_rows]] = False
-    return rows.filter(pa.array(kept))
 
 
 def _owners(examples: pa.Table, contexts: pa.Table) -> dict[str, frozenset[str]]:
@@ -172,7 +164,7 @@ def _owners(examples: pa.Table, contexts: pa.Table) -> dict[str, frozenset[str]]
 
 
 def _measured(settings: TrainCtrSettings, arm: _Arm, data: Dataset, found: protocol.Found) -> Ranking:
-    rows = data.of_split(settings.split).numpy()
+    rows = data.of_split(protocol.MEASURED).numpy()
     labels, users = data.labels.numpy()[rows], data.users[rows]
     masks = measures.slices(data.user_train_rows[rows], data.item_train_rows[rows], settings)
 
@@ -185,14 +177,18 @@ def _measured(settings: TrainCtrSettings, arm: _Arm, data: Dataset, found: proto
         }
 
     mean = np.mean([model.scores for model in found.models], axis=0)
+    splits: tuple[Split, ...] = get_args(Split)
+    reads = {split: data.rows.recot[data.of_split(split)].numpy() for split in splits}
     return Ranking(
         backbone=arm.backbone,
         feature=arm.feature,
-        split=settings.split,
+        split=protocol.MEASURED,
         long_tail_rows=settings.long_tail_rows,
         warm_rows=settings.warm_rows,
         rows=len(rows),
-        covered=float((data.rows.recot.numpy()[rows] != NONE).mean()),
+        rows_hash=hashlib.sha256(data.row_id[rows].tobytes() + labels.tobytes()).hexdigest()[:12],
+        covered={split: float((read != NONE).mean()) if len(read) else 0.0 for split, read in reads.items()},
+        recots={split: len(np.unique(read[read != NONE])) for split, read in reads.items()},
         searched=found.searched,
         chosen=found.chosen,
         seeds=[

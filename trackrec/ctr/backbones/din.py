@@ -10,6 +10,8 @@ from trackrec.ctr.layers import MLP, TargetAttention
 class DIN(nn.Module):
     """Interest = Σ_j a(e_j, target) e_j (eq. 3), not normalised, then a deep network beside the fields.
 
+    ReLU stands for the paper's Dice; the history's mean stays a field, as every backbone has it.
+
     Args:
         fields: F, and `size` D, of the fields [B, F, D]; L earlier items [B, L, D].
         hidden: the deep network's layers.

@@ -7,8 +7,8 @@ from trackrec.ctr.layers import Dropout, FieldAttention, FieldGraph
 
 
 class FiGNN(nn.Module):
-    """Self-attention, message passing between the fields, and an attentional sum of each field's own answer (figure 2,
-    eq. 12-14).
+    """Self-attention, message passing between the fields, and a sum of each field's answer by its own weight (figure 2,
+    eq. 12-14). The MLPs of answer and weight are one layer each; a sigmoid keeps the weight within 0 and 1.
 
     Args:
         fields: F, and `size` D, of the fields [B, F, D].
@@ -22,11 +22,11 @@ class FiGNN(nn.Module):
         self.graph = FieldGraph(fields, state, steps)
         self.dropout = Dropout()
         self.answer = nn.Linear(state, 1)
-        self.weight = nn.Linear(fields * state, fields)
+        self.weight = nn.Linear(state, 1)
 
     def forward(self, x: Embedded) -> Tensor:
         """[B] logits."""
         states = self.dropout(self.graph(self.attention(x.fields)))
         answers = self.answer(states)[..., 0]
-        weights = self.weight(states.flatten(1)).sigmoid()
+        weights = self.weight(states)[..., 0].sigmoid()
         return (weights * answers).sum(1)
