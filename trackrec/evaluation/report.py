@@ -211,6 +211,10 @@ def table(directory: Path) -> Table:
 
 def notes(report: Report) -> list[str]:
     """What a reader must know to judge the numbers."""
+    ranked = [
+        "Ranking models: no test label reaches a RecCoT. Train labels do, through V's rewards: a train row may read a text "
+        "of a G that was aligned on that very row, which a test row never does."
+    ]
     return [
         f"All rows: the same {report.examples} {report.split} examples of {report.users} users, "
         f"{report.positives} of them liked.",
@@ -219,14 +223,7 @@ def notes(report: Report) -> list[str]:
         "preference sets that alignment does not train on. One half is chance.",
         "Mean reward at iteration t is over the samples it learned from: G's and V's of iteration t - 1.",
         f"{ABSENT}: not measured for this row, or not defined on it (metrics.json says why).",
-        *(
-            [
-                "Ranking models: no test label reaches a RecCoT. Train labels do, through V's rewards: a train row may read "
-                "a text of a G that was aligned on that very row, which a test row never does."
-            ]
-            if report.rankings
-            else []
-        ),
+        *(ranked if report.rankings else []),
     ]
 
 

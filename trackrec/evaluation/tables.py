@@ -154,7 +154,8 @@ def tables(report: Report) -> list[Table]:
             "controls",
             "Controls: is it the reasoning?",
             f"Base: the same model, given something else in the RecCoT's place; {ours}. Where ours is not better, the "
-            "gain of Table 2 is no evidence that what the RecCoT says about this user matters.",
+            "gain of Table 2 is no evidence that what the RecCoT says about this user matters. A control is drawn once "
+            "for all seeds: the tests do not know the chance in that draw.",
             "With its own RecCoT instead of {base}",
             (*_against_controls(report), *_validator(report, [SHUFFLED], list(METRICS))),
         ),
