@@ -211,11 +211,7 @@ def table(directory: Path) -> Table:
 
 def notes(report: Report) -> list[str]:
     """What a reader must know to judge the numbers."""
-    ranked = [
-        "Ranking models: no test label reaches a RecCoT. Train labels do, through V's rewards: a train row may read a text "
-        "of a G that was aligned on that very row, which a test row never does."
-    ]
-    return [
+    of_v = [
         f"All rows: the same {report.examples} {report.split} examples of {report.users} users, "
         f"{report.positives} of them liked.",
         "AUC's 95 % interval is a bootstrap over users. A difference well inside the intervals is noise.",
@@ -223,8 +219,12 @@ def notes(report: Report) -> list[str]:
         "preference sets that alignment does not train on. One half is chance.",
         "Mean reward at iteration t is over the samples it learned from: G's and V's of iteration t - 1.",
         f"{ABSENT}: not measured for this row, or not defined on it (metrics.json says why).",
-        *(ranked if report.rankings else []),
     ]
+    of_rankers = [
+        "Ranking models: no test label reaches a RecCoT. Train labels do, through V's rewards: a train row may read a "
+        "text of a G that was aligned on that very row, which a test row never does."
+    ]
+    return (of_v if report.rows else []) + (of_rankers if report.rankings else [])
 
 
 def _cells(row: Row, *, escape: bool = False) -> list[str]:
