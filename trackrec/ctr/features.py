@@ -176,21 +176,19 @@ def _histories(
     A rating's number is its place among those of the train rows' histories; without ratings the label stands for it.
     """
     lists = column.combine_chunks()
-    flat = lists.flatten()
     sizes = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
-    items = _lookup(flat.field("item_id"), catalogue)
-    shown = pc.coalesce(flat.field("rating"), flat.field("label").cast(pa.float32())).to_numpy(zero_copy_only=False)
-    values = np.unique(shown[np.repeat(train, sizes)])
-    places = np.minimum(np.searchsorted(values, shown), max(len(values) - 1, 0))
-    ratings = np.where(np.isin(shown, values), places + _FIRST, UNKNOWN)
-    ends = np.cumsum(sizes)
     kept = np.minimum(sizes, length)
-    places = (ends - kept)[:, None] + np.arange(length)
     inside = np.arange(length) < kept[:, None]
-    places = np.where(inside, places, 0)
-    if not len(items):
-        return np.zeros_like(places), np.zeros_like(places), []
-    return np.where(inside, items[places], NONE), np.where(inside, ratings[places], NONE), values.tolist()
+    # Only what is kept is looked up: a history may hold a hundred times more.
+    places = (lists.offsets.to_numpy()[1:] - kept)[:, None] + np.arange(length)
+    newest = lists.values.take(pa.array(places[inside]))
+    items, ratings = (np.full(inside.shape, NONE, dtype=np.int64) for _ in range(2))
+    items[inside] = _lookup(newest.field("item_id"), catalogue)
+    shown = pc.coalesce(newest.field("rating"), newest.field("label").cast(pa.float32())).to_numpy(zero_copy_only=False)
+    values = np.unique(shown[np.repeat(train, kept)])
+    number = np.minimum(np.searchsorted(values, shown), max(len(values) - 1, 0))
+    ratings[inside] = np.where(np.isin(shown, values), number + _FIRST, UNKNOWN)
+    return items, ratings, values.tolist()
 
 
 def _attributes(items: pa.Table, catalogue: list[str], known_items: set[str]) -> tuple[list[str], np.ndarray]:
