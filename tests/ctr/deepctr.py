@@ -121,13 +121,10 @@ def fit(model: BaseModel, data: Dataset, learning_rate: float, batch_size: int) 
         yield
 
 
-def aucs(model: BaseModel, data: Dataset) -> tuple[float, float]:
-    """On valid and on test, with the weights of the moment."""
-    valid, test = (
-        float(roc_auc_score(data.labels[rows].numpy(), model.predict(inputs(data, rows))[:, 0]))
-        for rows in (data.of_split("valid"), data.of_split("test"))
-    )
-    return valid, test
+def auc(model: BaseModel, data: Dataset, split: str) -> float:
+    """On a split, with the weights of the moment."""
+    rows = data.of_split(split)
+    return float(roc_auc_score(data.labels[rows].numpy(), model.predict(inputs(data, rows))[:, 0]))
 
 
 def _initialise(model: BaseModel) -> None:

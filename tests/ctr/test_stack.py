@@ -75,7 +75,7 @@ def test_compiled_steps_are_the_plain_ones(
 def test_a_step_is_torchs_adam(log: dict[str, pa.Table]) -> None:
     data = data_of(log)
     hyper = Hyper(3, 0.01, 0.0, 1e-2)
-    models = Stack([build("deepfm", data.vocabulary, **SHAPE, seed=3)], [hyper])
+    models = Stack([build("deepfm", data.vocabulary, **SHAPE, seed=3)], [hyper], steps=0)
     plain = build("deepfm", data.vocabulary, **SHAPE, seed=3)
     adam = torch.optim.Adam(plain.parameters(), lr=0.01, weight_decay=1e-2)
     for start in range(0, 256, 64):
@@ -98,7 +98,7 @@ def test_every_weight_of_a_backbone_learns(backbone: str, log: dict[str, pa.Tabl
     data = data_of(log)
     # FiBiNET's squeeze has one unit for five fields, and under some seeds its ReLU starts dead.
     before = build(backbone, data.vocabulary, **SHAPE, seed=5)
-    models = Stack([build(backbone, data.vocabulary, **SHAPE, seed=5)], HYPERS[:1])
+    models = Stack([build(backbone, data.vocabulary, **SHAPE, seed=5)], HYPERS[:1], steps=0)
     rows = data.of_split("train")
     for _ in range(3):
         batch = Batch(*(part[rows][None] for part in data.rows))

@@ -111,4 +111,7 @@ class FieldEmbedding(nn.Module):
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """The mean over the second last dimension of values [..., n, D] where mask [..., n]; 0 where it is nowhere."""
-    return (values * mask[..., None]).sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1)
+    # Numbers at once: a product with a mask is slower, and its weights are smaller than what they weigh.
+    weights = mask.to(values.dtype)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    return (values * weights[..., None]).sum(-2)

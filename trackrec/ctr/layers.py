@@ -187,11 +187,10 @@ class TargetAttention(nn.Module):
         """Scores [B, L] from target [B, size] and history [B, L, size]; they are no softmax."""
         # W [t, e, t - e, t ⊙ e] = (W1 + W3) t + (W2 - W3) e + W4 (t ⊙ e): the target's part once a row.
         of_target, of_earlier, of_difference, of_product = self.hidden.weight.chunk(4, dim=1)
-        target = target[:, None]
         alone = F.linear(target, of_target + of_difference, self.hidden.bias)
-        each = torch.cat([history, target * history], dim=-1)
+        each = torch.cat([history, target[:, None] * history], dim=-1)
         weight = torch.cat([of_earlier - of_difference, of_product], dim=1)
-        return self.score(F.relu(alone + F.linear(each, weight)))[..., 0]
+        return self.score(F.relu(alone[:, None] + F.linear(each, weight)))[..., 0]
 
 
 class GRUCell(nn.Module):

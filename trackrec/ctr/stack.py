@@ -4,9 +4,9 @@ A model of 60,000 weights leaves a processor idle between kernels; ten of them a
 keeps its own seed, order of rows, learning rate, weight decay and dropout, and ends where it would have ended alone.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from trackrec.ctr.embedding import Batch, Tables
 from trackrec.ctr.layers import Dropout
 
-# Steps of one batch shape after which it is compiled: compiling takes about as long as these do.
+# Steps for which compiling is worth its time: it takes about as long as what it saves on these.
 _OFTEN = 100
 
 
@@ -38,18 +38,20 @@ class Stack:
     Args:
         models: built alike, each under its own seed.
         hypers: one a model.
+        steps: about how many optimiser steps are to come.
     """
 
-    def __init__(self, models: Sequence[nn.Module], hypers: Sequence[Hyper]) -> None:
+    def __init__(self, models: Sequence[nn.Module], hypers: Sequence[Hyper], steps: int) -> None:
         self.template = models[0]
         state, self.buffers = stack_module_state(list(models))  # type: ignore[arg-type]
-        self.shapes = {name: w.shape[1:] for name, w in state.items()}
-        # One row a model, all its weights one after another: an optimiser's step is one kernel a model.
-        self.flat = torch.cat([w.detach().flatten(1) for w in state.values()], dim=1)
-        self.rows = [nn.Parameter(row) for row in self.flat]
+        self.weights = {name: weight.detach() for name, weight in state.items()}
+        # Neighbours with the same settings are one of the optimiser's groups: its kernels are fewer, and larger.
+        alike = [(key, len(list(of_key))) for key, of_key in groupby((h.learning_rate, h.l2) for h in hypers)]
+        self.sizes = [size for _, size in alike]
+        parts = zip(*(weight.split(self.sizes) for weight in self.weights.values()), strict=True)
         groups = [
-            {"params": [row], "lr": hyper.learning_rate, "weight_decay": hyper.l2}
-            for row, hyper in zip(self.rows, hypers, strict=True)
+            {"params": [nn.Parameter(part) for part in of_group], "lr": learning_rate, "weight_decay": l2}
+            for of_group, ((learning_rate, l2), _) in zip(parts, alike, strict=True)
         ]
         self.optimizer = torch.optim.Adam(groups, fused=True)
         dropouts = {name: module for name, module in self.template.named_modules() if isinstance(module, Dropout)}
@@ -58,10 +60,10 @@ class Stack:
         self.drops = bool(rates.any())
         self.buffers |= {f"{name}.rate": rates for name in dropouts}
         self.seeds = torch.tensor([hyper.seed for hyper in hypers], dtype=torch.int64)
-        self.kept = self.flat.clone()
+        self.kept = {name: weight.clone() for name, weight in self.weights.items()}
         self.steps = 0
-        self.met: Counter[torch.Size] = Counter()
-        self.programs: dict[torch.Size, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self.compiles = steps >= _OFTEN
+        self.programs: dict[torch.Size, Callable[..., tuple[Tensor, tuple[Tensor, ...]]]] = {}
 
     def step(self, batch: Batch, tables: Tables, labels: Tensor) -> Tensor:
         """One optimiser step of every model; the losses (BCE, eq. 8) before it, [M].
@@ -74,41 +76,35 @@ class Stack:
             for name, layer in self.keys.items():
                 mixed = (self.seeds * 1_000_003 + self.steps) * 1_000_003 + layer
                 self.buffers[name] = (mixed % 2**31).to(torch.int32)
-        given = (self.flat, *self.buffers.values(), *batch, *tables, labels)
-        self.template.train(self.drops)
-        self.met[labels.shape] += 1
-        if self.met[labels.shape] == _OFTEN:
+        given = (*self.weights.values(), *self.buffers.values(), *batch, *tables, labels)
+        if self.compiles and not self.programs:  # the first batch is a full one; an epoch's last may not be
             self.programs[labels.shape] = _compiled(self._gradients, given)
         losses, gradients = self.programs.get(labels.shape, self._gradients)(*given)
-        for row, gradient in zip(self.rows, gradients, strict=True):
-            row.grad = gradient
+        of_groups = zip(*(gradient.split(self.sizes) for gradient in gradients), strict=True)
+        for group, of_group in zip(self.optimizer.param_groups, of_groups, strict=True):
+            for weight, gradient in zip(group["params"], of_group, strict=True):
+                weight.grad = gradient
         self.optimizer.step()
         return losses
 
-    def _gradients(self, flat: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [M] and gradients [M, weights] from weights, buffers, batch, tables and labels, one after another."""
-        buffers = dict(zip(self.buffers, given[: len(self.buffers)], strict=True))
-        *rest, labels = given[len(self.buffers) :]
-        batch, tables = Batch(*rest[: len(Batch._fields)]), Tables(*rest[len(Batch._fields) :])
+    def _gradients(self, *given: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Losses [M] and the weights' gradients from weights, buffers, batch, tables and labels, one after another."""
+        rest = iter(given)
+        weights = {name: next(rest).detach().requires_grad_(True) for name in self.weights}
+        buffers = {name: next(rest) for name in self.buffers}
+        batch, tables = Batch(*islice(rest, len(Batch._fields))), Tables(*islice(rest, len(Tables._fields)))
+        [labels] = rest
 
-        def loss_of(weights: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch, labels: Tensor) -> Tensor:
-            logits = functional_call(self.template, (weights, buffers), (batch, tables))
-            return F.binary_cross_entropy_with_logits(logits, labels)
+        def answer(weights: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch) -> Tensor:
+            logits: Tensor = functional_call(self.template, (weights, buffers), (batch, tables))
+            return logits
 
-        flat = flat.detach().requires_grad_(True)
-        losses = vmap(loss_of)(self._named(flat), buffers, batch, labels)
-        [gradients] = torch.autograd.grad(losses.sum(), [flat])
-        return losses.detach(), gradients
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """By name, [M, ...] each: views of `flat`."""
-        return self._named(self.flat)
-
-    def _named(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = flat.split([shape.numel() for shape in self.shapes.values()], dim=1)
-        named = zip(self.shapes.items(), parts, strict=True)
-        return {name: part.reshape(len(part), *shape) for (name, shape), part in named}
+        self.template.train(self.drops)
+        logits = vmap(answer)(weights, buffers, batch)
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+        gradients = torch.autograd.grad(losses.sum(), list(weights.values()))
+        # The fused optimiser walks through memory, and takes a transposed gradient for what it is not.
+        return losses.detach(), tuple(gradient.contiguous() for gradient in gradients)
 
     @torch.no_grad()
     def predict(self, batch: Batch, tables: Tables) -> Tensor:
@@ -123,18 +119,20 @@ class Stack:
 
     def keep(self, models: Sequence[int]) -> None:
         """Keeps these models' weights as they are now, for `restore`."""
-        self.kept[list(models)] = self.flat[list(models)]
+        for name, weight in self.weights.items():
+            self.kept[name][list(models)] = weight[list(models)]
 
     def restore(self) -> None:
         """Puts every model back to the weights that were kept of it last."""
-        self.flat.copy_(self.kept)
+        for name, weight in self.weights.items():
+            weight.copy_(self.kept[name])
 
     def weights_of(self, model: int) -> dict[str, Tensor]:
         """A copy of one model's weights."""
         return {name: w[model].clone() for name, w in self.weights.items()}
 
 
-def _compiled(function: Callable[..., tuple[Tensor, Tensor]], given: tuple[Tensor, ...]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], given: tuple[Tensor, ...]) -> Callable[..., Any]:
     """The kernels that `function` runs for tensors of these shapes, without what Python, vmap and autograd do between
     them, which takes longer than the kernels do."""
     graph = make_fx(function)(*given)

@@ -1,5 +1,6 @@
 """CTR training: every model of one shape together, each stopped by its own valid AUC."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from trackrec.ctr.ranker import build
 from trackrec.ctr.stack import Hyper, Stack
 
 # Rows predicted at once: bounds memory.
-_CHUNK = 4096
+_CHUNK = 1024
 
 
 @dataclass
@@ -59,7 +60,8 @@ def train(
     valid_labels = data.labels[valid].numpy()
     if len(np.unique(valid_labels)) < 2:
         raise ValueError("the valid split must have liked and disliked rows: the best epoch is chosen by its AUC")
-    stack = Stack([build(backbone, data.vocabulary, size, hidden, hyper.seed) for hyper in hypers], hypers)
+    models = [build(backbone, data.vocabulary, size, hidden, hyper.seed) for hyper in hypers]
+    stack = Stack(models, hypers, steps=math.ceil(len(rows) / batch_size) * min(epochs, 1 + patience))
     orders = [torch.Generator().manual_seed(hyper.seed) for hyper in hypers]
     best, best_epoch, waiting = ([initial] * len(hypers) for initial in (-1.0, 0, 0))
     ended = [False] * len(hypers)
