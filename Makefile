@@ -58,13 +58,14 @@ compile: $(VENV)/.ready ## Write every component's spec and page, and every conf
 	for config in $(CONFIGS); do $(BIN)/trackrec compile --config $$config || exit 1; done
 
 .PHONY: bench
-bench: setup ## Run the benchmarks of the README's table (ML_1M=path to ml-1m.zip adds the ingest of MovieLens-1M)
+bench: setup ## Run the benchmarks of the README's table (ML_1M=path to ml-1m.zip adds those on MovieLens-1M)
 	$(BIN)/python benchmarks/sdpo.py
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python -m benchmarks.ctr
 	$(BIN)/python benchmarks/encode.py
-	if [ -n "$(ML_1M)" ]; then $(BIN)/python benchmarks/ingest.py ml-1m $(ML_1M); fi
+	if [ -n "$(ML_1M)" ]; then \
+	  $(BIN)/python benchmarks/ingest.py ml-1m $(ML_1M) && $(BIN)/python benchmarks/table2.py --data $(ML_1M); fi
 
 .PHONY: lock
 lock: $(VENV)/.ready ## Resolve requirements/dev.txt anew from pyproject.toml

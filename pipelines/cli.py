@@ -1,5 +1,6 @@
 """The `trackrec` command: runs, single stages, compiling; the library's own commands are mounted beside them."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def run(
     built = _built(pipeline, loaded)
     arguments = local_inputs(loaded, ["encoder"] if from_ else ["raw_data", "base_model", "encoder"])
     if from_:
-        arguments |= tables_of(local.read_record(root, Path(from_).name), texts)
+        arguments |= tables_of(local.read_record(root, Path(from_).name), texts, loaded.loop.iterations)
     record = local.execute(built, _dump(loaded), root=root, arguments=arguments, caching=cache, console=console)
     show(record, root)
 
@@ -131,7 +132,7 @@ def explain(
     run: Annotated[str, typer.Option("--run", help="A finished run's name.")],
     user: Annotated[str, typer.Option("--user", help="The user's id.")],
     item: Annotated[
-        str | None, typer.Option("--item", help="An item's id; without it, the user's own held-out examples.")
+        str | None, typer.Option("--item", help="An item's id; without it, all examples of the user's newest context.")
     ] = None,
     root: RootOption = Path("runs"),
 ) -> None:
@@ -173,17 +174,24 @@ def local_inputs(loaded: RunConfig, keys: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
-def tables_of(record: local.RunRecord, texts: str | None) -> dict[str, str]:
+def tables_of(record: local.RunRecord, texts: str | None, iteration: int) -> dict[str, str]:
     """A finished run's tables and RecCoTs, as the parameters of `pipelines/backbones.py`.
 
     Args:
         texts: the title of the task that wrote the RecCoTs; the last `generate` by default.
+        iteration: the one that the report will name.
     """
     tables = single.find(record, "ingest").outputs | single.find(record, "contexts").outputs
     written = list(record.of_stage("generate").values())
     task = single.find(record, texts) if texts else written[-1] if written else single.find(record, "generate")
     if "recots" not in task.outputs:
         raise LookupError(f"{task.title} writes no RecCoTs; name one of: {', '.join(t.title for t in written)}")
+    numbered = re.search(r"\d+", task.title)  # a teacher's texts are of no iteration
+    if numbered and int(numbered[0]) != iteration:
+        raise config_file.ConfigError(
+            f"{task.title} wrote RecCoTs of iteration {numbered[0]}, and the config's "
+            f"`loop.iterations`, which the report names, is {iteration}; add --set loop.iterations={numbered[0]}"
+        )
     return {name: tables[name].uri for name in ("interactions", "items", "contexts", "examples")} | {
         "recots": task.outputs["recots"].uri
     }

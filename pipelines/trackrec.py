@@ -57,6 +57,6 @@ def build(config: RunConfig) -> GraphComponent:
             report = ranking.compared(
                 turns.recots[last], last, config.ranking.backbones, report, controls_of=config.ranking.controls_of
             )
-        reported(config, report, tables.contexts, turns.recots[0], turns.recots[last])
+        reported(config, report, tables.contexts, turns.recots[0] if last else None, turns.recots[last])
 
     return trackrec

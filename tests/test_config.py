@@ -249,7 +249,7 @@ def test_settings_that_may_be_none_default_to_none() -> None:
     ("override", "message"),
     [
         ("encoder=null", "`ranking` needs `encoder`"),
-        ("ranking.backbones=[din]", "`controls_of` names autoint"),
+        ("ranking.controls_of=[din, dcn, din]", "`controls_of` names a backbone twice"),
         ("ranking.backbones=[]", "ranking.backbones"),
         ("ranking.by_iteration_of=[din, din]", "`by_iteration_of` names a backbone twice"),
         ("ranking.backbones=[xdeepfm]", "ranking.backbones"),

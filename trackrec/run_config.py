@@ -58,9 +58,11 @@ class RankingSettings(Settings):
     # Each is trained with and without the RecCoTs of the last iteration.
     backbones: list[Backbone] = Field(default_factory=lambda: list(get_args(Backbone)), min_length=1)
     # Of these backbones, also the controls: vectors of random numbers, of other users' RecCoTs, of the raw history.
-    controls_of: list[Backbone] = Field(default_factory=lambda: list(get_args(Backbone)))
+    controls_of: list[Backbone] = Field(default_factory=lambda given: list(given.get("backbones", [])))
     # Also trained on the RecCoTs of every earlier iteration (Figure 5; the paper takes DIN).
-    by_iteration_of: list[Backbone] = Field(default=["din"])
+    by_iteration_of: list[Backbone] = Field(
+        default_factory=lambda given: [name for name in given.get("backbones", []) if name == "din"]
+    )
 
     @model_validator(mode="after")
     def _each_once_and_compared(self) -> Self:

@@ -73,6 +73,21 @@ def test_what_is_rare_in_training_is_unknown_there_too() -> None:
     assert data.tables.item.tolist() == [NONE, UNKNOWN, 2, UNKNOWN, UNKNOWN]
 
 
+def test_an_earlier_item_without_a_rating_among_rated_ones_is_no_rating() -> None:
+    history = [{"item_id": "a", "rating": 1.0, "label": 0}, {"item_id": "b", "rating": None, "label": 1}]
+    data = dataset(
+        pa.Table.from_pylist([{**ROWS[1], "history": history}], schema=schema.TABLES["interactions"]),
+        pa.Table.from_pylist(
+            [{"item_id": name, "title": name, "attributes": None} for name in "abc"], schema=schema.TABLES["items"]
+        ),
+        history_length=2,
+        min_rows=1,
+        recot=np.zeros(1),
+        vectors=torch.zeros(1, 0),
+    )
+    assert data.rows.history_rating.tolist() == [[2, UNKNOWN]] and data.names.ratings == [1.0]
+
+
 def test_a_log_without_ratings_and_attributes() -> None:
     """What a generic log may leave out: the label stands for the rating, and no item has an attribute."""
     rows = [

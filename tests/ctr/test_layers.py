@@ -159,6 +159,29 @@ def test_field_graph() -> None:
     close(graph(0)(torch.tensor([[[0.4], [-0.2]]])), [[[0.4], [-0.2]]])
 
 
+def test_field_graph_sends_along_its_edges() -> None:
+    """Three nodes, whose edges weigh unlike in the two directions; eq. 5-11 one number at a time."""
+    made = FieldGraph(3, 1, 2)
+    fill(made.taker.weight, [[1.0]])
+    fill(made.giver.weight, [[2.0]])
+    fill(made.outgoing, [[[2.0]], [[3.0]], [[-1.0]]])
+    fill(made.incoming, [[[1.0]], [[-1.0]], [[0.5]]])
+    fill(made.bias, [0.1])
+    fill_gru(made.update)
+    first, out, into = [0.4, -0.2, 1.0], [2.0, 3.0, -1.0], [1.0, -1.0, 0.5]
+    weights = []
+    for i, taker in enumerate(first):
+        scores = [taker + 2 * giver for giver in first]
+        powers = [0.0 if i == j else math.exp(s if s > 0 else 0.01 * s) for j, s in enumerate(scores)]
+        weights.append([power / sum(powers) for power in powers])
+    assert abs(weights[0][1] - weights[1][0]) > 0.1
+    states = first
+    for _ in range(2):
+        received = [sum(weights[i][j] * states[j] * out[j] for j in range(3)) * into[i] + 0.1 for i in range(3)]
+        states = [gru_step(a, h) + h1 for a, h, h1 in zip(received, states, first, strict=True)]
+    close(made(torch.tensor([[[0.4], [-0.2], [1.0]]])), [[[state] for state in states]])
+
+
 def test_edge_weights() -> None:
     made = FieldGraph(3, 1, 1)
     fill(made.taker.weight, [[1.0]])

@@ -29,6 +29,14 @@ def test_a_context_shared_by_users_goes_to_none_of_them() -> None:
         assert all(held[receiver].isdisjoint(held[giver]) for receiver, giver in givers.items())
 
 
+def test_a_context_of_everybody_keeps_its_text() -> None:
+    """The empty history, which all begin with, under rolling contexts."""
+    everybody = {"empty": frozenset({"u0", "u1", "u2"})}
+    held = owners(2, 2, 2)
+    givers = shuffle_between_users(held | everybody, 0)
+    assert givers == shuffle_between_users(held, 0) | {"empty": "empty"}
+
+
 def test_seeds_differ() -> None:
     held = owners(*[1] * 30)
     assert shuffle_between_users(held, 0) != shuffle_between_users(held, 1)

@@ -135,6 +135,8 @@ def test_backbones_on_a_finished_runs_recots(whole: tuple[Path, str, RunRecord])
     texts = {task.title: task for task in alone.tasks.values()}["encode 1"].inputs["recots"].uri
     assert texts == {task.title: task for task in record.tasks.values()}["generate 1"].outputs["recots"].uri
     assert "Table 2" in done.stdout
+    done = trackrec(root, "run", *arguments, "--texts", "generate 0", settings=settings)
+    assert done.returncode == 1 and "add --set loop.iterations=0" in " ".join(done.stderr.split())
     for wrong in (("--pipeline", "backbones"), ("--from", record.run)):
         done = trackrec(root, "run", "--config", QUICKSTART, *wrong)
         assert done.returncode == 1 and "--from RUN goes with" in " ".join(done.stderr.split())

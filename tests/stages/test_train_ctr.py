@@ -216,6 +216,12 @@ def test_an_item_that_training_never_saw(tmp_path: Path) -> None:
     items = [*ROWS["items"], {"item_id": "i99", "title": "New", "attributes": ["drama"]}]
     out = trained(tmp_path, inputs(tmp_path, interactions=rows, items=items))
     assert rankings.read(out / "metrics").seeds[0].slices["overall"].rows == 24
+    # All unseen items are one to the model: another of the same attributes is answered alike.
+    other = [row | ({"item_id": "i98"} if row["item_id"] == "i99" else {}) for row in rows]
+    renamed = [*ROWS["items"], {"item_id": "i98", "title": "Newer", "attributes": ["drama"]}]
+    again = trained(tmp_path / "again", inputs(tmp_path / "again", interactions=other, items=renamed))
+    scores = [schema.read(folder / "predictions", "ranked")["score"].to_pylist() for folder in (out, again)]
+    assert scores[0] == scores[1]
 
 
 def test_a_slice_with_one_class_has_no_auc_and_says_why(tmp_path: Path) -> None:

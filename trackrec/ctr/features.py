@@ -173,7 +173,8 @@ def _histories(
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Items and ratings of the newest `length` earlier rows, [R, length] each, and the ratings there are.
 
-    A rating's number is its place among those of the train rows' histories; without ratings the label stands for it.
+    A rating's number is its place among those of the train rows' histories, and UNKNOWN where it has none; in a log
+    without ratings the label stands for it.
     """
     lists = column.combine_chunks()
     sizes = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
@@ -184,8 +185,11 @@ def _histories(
     newest = lists.values.take(pa.array(places[inside]))
     items, ratings = (np.full(inside.shape, NONE, dtype=np.int64) for _ in range(2))
     items[inside] = _lookup(newest.field("item_id"), catalogue)
-    shown = pc.coalesce(newest.field("rating"), newest.field("label").cast(pa.float32())).to_numpy(zero_copy_only=False)
-    values = np.unique(shown[np.repeat(train, kept)])
+    rated = newest.field("rating")
+    if rated.null_count == len(rated):
+        rated = newest.field("label").cast(pa.float32())
+    shown = rated.to_numpy(zero_copy_only=False)
+    values = np.unique(shown[np.repeat(train, kept) & ~np.isnan(shown)])
     number = np.minimum(np.searchsorted(values, shown), max(len(values) - 1, 0))
     ratings[inside] = np.where(np.isin(shown, values), number + _FIRST, UNKNOWN)
     return items, ratings, values.tolist()

@@ -45,6 +45,7 @@ class RankerConfig(BaseModel):
     backbone: Backbone
     embedding_size: int
     hidden: tuple[int, ...]
+    history_length: int
     vocabulary: Vocabulary
     names: Names
     seeds: tuple[int, ...]

@@ -61,7 +61,9 @@ def train(
     if len(np.unique(valid_labels)) < 2:
         raise ValueError("the valid split must have liked and disliked rows: the best epoch is chosen by its AUC")
     models = [build(backbone, data.vocabulary, size, hidden, hyper.seed) for hyper in hypers]
-    stack = Stack(models, hypers, steps=math.ceil(len(rows) / batch_size) * min(epochs, 1 + patience))
+    per_epoch = math.ceil(len(rows) / batch_size)
+    at_least = max(per_epoch * (1 + patience), min_steps)
+    stack = Stack(models, hypers, steps=min(per_epoch * epochs, at_least))
     orders = [torch.Generator().manual_seed(hyper.seed) for hyper in hypers]
     best, best_epoch, waiting = ([initial] * len(hypers) for initial in (-1.0, 0, 0))
     ended = [False] * len(hypers)

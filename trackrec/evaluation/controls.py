@@ -14,25 +14,35 @@ def shuffle_between_users(owners: Mapping[str, frozenset[str]], seed: int) -> di
     to be found unless some user owns more than half of the contexts, and then no such permutation exists: of the n - k
     contexts that are not a user's, at most k - 1 hold one of the user's k texts while one is where it must not be.
 
+    A context that shares a user with every other one (the empty history, which all users begin with) says nothing
+    about any of them, and keeps its text.
+
     Args:
         owners: the users of each context (equal histories make one context for several users).
 
     Raises:
         ValueError: no such permutation was found.
     """
-    receivers = sorted(owners)
+    everybodys = {name for name, users in owners.items() if _shares_with_all(name, users, owners)}
+    receivers = sorted(owners.keys() - everybodys)
     rng = random.Random(seed)
     for _ in range(_STARTS):
         givers = receivers.copy()
         rng.shuffle(givers)
-        stuck = _swap_conflicts_away(receivers, givers, owners, rng)
+        stuck = (
+            _swap_conflicts_away(receivers, givers, owners, rng) if receivers else frozenset().union(*owners.values())
+        )
         if not stuck:
-            return dict(zip(receivers, givers, strict=True))
+            return dict(zip(receivers, givers, strict=True)) | {name: name for name in everybodys}
     raise ValueError(
-        f"RecCoTs cannot be shuffled between users: too many of the {len(receivers)} evaluated contexts are of user "
-        f"{', '.join(sorted(stuck)[:3])}. Evaluate more users (raise `contexts.max_test_contexts`), or run without "
-        "controls (`loop.controls: false`)."
+        f"RecCoTs cannot be shuffled between users: too many of the {len(owners)} contexts are of user "
+        f"{', '.join(sorted(stuck)[:3])}. Take contexts of more users (raise `contexts.max_test_contexts`), or run "
+        "without this control (`loop.controls: false`, `ranking.controls_of: []`)."
     )
+
+
+def _shares_with_all(name: str, users: frozenset[str], owners: Mapping[str, frozenset[str]]) -> bool:
+    return not any(users.isdisjoint(others) for other, others in owners.items() if other != name)
 
 
 def _swap_conflicts_away(

@@ -59,8 +59,7 @@ def render(report: Report, examples: Sequence[Shown]) -> str:
             tokens_figure=plots.lengths(rows) if rows else None,
             curves=_curves(report),
             examples=examples,
-            # They are about V.
-            notes=notes(report) if report.rows else [],
+            notes=notes(report),
         )
     )
 

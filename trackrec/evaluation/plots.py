@@ -179,6 +179,10 @@ def roc(base: Ranking, ours: Ranking) -> Drawing | None:
         return _drawn(figure, f"{name} roc", f"ROC curves of {name} without (dashed) and with the RecCoT.")
 
 
+# A bin of fewer rows is not drawn: its share of liked rows says little.
+_BIN_ROWS = 30
+
+
 def calibration(base: Ranking, ours: Ranking) -> Drawing | None:
     """Share of liked rows against the mean score, a point a bin; None where a side has no bin."""
     if not base.calibration or not ours.calibration:
@@ -187,13 +191,14 @@ def calibration(base: Ranking, ours: Ranking) -> Drawing | None:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color="#808080", linestyle=":", linewidth=1)
         for found, colour, style, name in ((base, _BASE, "s--", "no RecCoT"), (ours, _OURS, "o-", "RecCoT")):
-            scores, liked = [b.mean_score for b in found.calibration], [b.liked for b in found.calibration]
+            bins = [b for b in found.calibration if b.rows >= _BIN_ROWS]
+            scores, liked = [b.mean_score for b in bins], [b.liked for b in bins]
             axes.plot(scores, liked, style, color=colour, markersize=5, label=name)
         name = BACKBONES[ours.backbone]
-        _square(axes, f"{name}: calibration", "mean score", "share liked")
+        _square(axes, f"{name}: calibration (bins of {_BIN_ROWS} rows or more)", "mean score", "share liked")
         _legend(figure)
-        bins = "; ".join(f"score {b.mean_score:.2f}, liked {b.liked:.2f} ({b.rows} rows)" for b in ours.calibration)
-        return _drawn(figure, f"{name} calibration", f"Calibration of {name} with the RecCoT: {bins}.")
+        told = "; ".join(f"score {b.mean_score:.2f}, liked {b.liked:.2f} ({b.rows} rows)" for b in ours.calibration)
+        return _drawn(figure, f"{name} calibration", f"Calibration of {name} with the RecCoT: {told}.")
 
 
 def lengths(rows: Sequence[Row]) -> Drawing:

@@ -221,8 +221,9 @@ def notes(report: Report) -> list[str]:
         f"{ABSENT}: not measured for this row, or not defined on it (metrics.json says why).",
     ]
     of_rankers = [
-        "Ranking models: no test label reaches a RecCoT. Train labels do, through V's rewards: a train row may read a "
-        "text of a G that was aligned on that very row, which a test row never does."
+        "Ranking models: a test row's own label and later ones reach no RecCoT that it reads; earlier ones are in its "
+        "history, as online. Train labels reach G through V's rewards: a train row may read a text of a G that "
+        "was aligned on that very row, which a test row never does."
     ]
     return (of_v if report.rows else []) + (of_rankers if report.rankings else [])
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar, get_args
 
 from trackrec.config import Backbone
 from trackrec.evaluation.arms import Metric, arm_of, labelled, recots_of, seed_values, validators_of
-from trackrec.evaluation.rankings import Feature
+from trackrec.evaluation.rankings import Feature, Ranking
 from trackrec.evaluation.report import ABSENT, RankedBy, Report, Row, Variant
 from trackrec.evaluation.results import SliceName
 from trackrec.evaluation.significance import Comparison, compare
@@ -162,8 +162,9 @@ def tables(report: Report) -> list[Table]:
         Table(
             "table4",
             "Table 4: the long tail",
-            f"AUC on all rows and on those whose user or item has at most {limit} train rows. Base: without a RecCoT; "
-            f"{ours}.",
+            f"AUC on all rows and on those whose user or item has at most {limit} train rows"
+            + (f" ({_rows(ranked, 'long_tail')} of the ranking models' {_rows(ranked, 'overall')})" if ranked else "")
+            + f". Base: without a RecCoT; {ours}.",
             "With the RecCoT, {slice}",
             (
                 *_against_base(report, ["auc"], "overall"),
@@ -261,8 +262,13 @@ def _ablation(
     without, full = _at(validators_of(report, variant), base_at), _at(validators_of(report, "full"), ours_at)
     if without and full and without != full:
         effects += [_untested(without, full, metric) for metric in SHORT]
-    about = f"Base: {variant}; ours: the full loop; the iteration stands beside each."
+    stopped = "the loop stopped after one iteration"
+    about = f"Base: {stopped if base_at else variant}; ours: {stopped if ours_at else 'the full loop'}."
     return Table(name, title, about, subject, tuple(effects))
+
+
+def _rows(ranked: Ranking, where: SliceName) -> int:
+    return ranked.seeds[0].slices[where].rows
 
 
 def _at(found: Mapping[int, T], iteration: int | None) -> T | None:

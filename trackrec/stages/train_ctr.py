@@ -93,6 +93,7 @@ def run(
             backbone=arm.backbone,
             embedding_size=found.chosen.embedding_size,
             hidden=tuple(settings.hidden),
+            history_length=settings.history_length,
             vocabulary=data.vocabulary,
             names=data.names,
             seeds=tuple(model.hyper.seed for model in found.models),
