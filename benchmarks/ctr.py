@@ -6,8 +6,8 @@
 Both train the same model (`tests.ctr.deepctr` says what is matched) on the same rows and fields, without a RecCoT, and
 take the best epoch by valid AUC. "deepctr" is its own `fit` and `predict`, one seed after another; "ours" is
 `trackrec.ctr.training`, one seed after another; "stacked" trains all seeds together. The first two take turns, seed by
-seed; stacked runs before and after them. All times include predicting valid after each epoch, and none what torch
-imports for its first optimiser.
+seed; stacked runs before and after them. All times include predicting valid after each epoch, ours also
+predicting test at the end, and none what torch imports for its first optimiser.
 """
 
 import argparse

@@ -184,13 +184,15 @@ def tables_of(record: local.RunRecord, texts: str | None, iteration: int) -> dic
     tables = single.find(record, "ingest").outputs | single.find(record, "contexts").outputs
     written = list(record.of_stage("generate").values())
     task = single.find(record, texts) if texts else written[-1] if written else single.find(record, "generate")
-    if "recots" not in task.outputs:
-        raise LookupError(f"{task.title} writes no RecCoTs; name one of: {', '.join(t.title for t in written)}")
-    numbered = re.search(r"\d+", task.title)  # a teacher's texts are of no iteration
-    if numbered and int(numbered[0]) != iteration:
+    numbered = re.fullmatch(r"generate (\d+)", task.title)
+    if not numbered:
+        raise LookupError(
+            f"{task.title} writes no RecCoTs of an iteration; name one of: {', '.join(t.title for t in written)}"
+        )
+    if int(numbered[1]) != iteration:
         raise config_file.ConfigError(
-            f"{task.title} wrote RecCoTs of iteration {numbered[0]}, and the config's "
-            f"`loop.iterations`, which the report names, is {iteration}; add --set loop.iterations={numbered[0]}"
+            f"{task.title} wrote RecCoTs of iteration {numbered[1]}, and the config's "
+            f"`loop.iterations`, which the report names, is {iteration}; add --set loop.iterations={numbered[1]}"
         )
     return {name: tables[name].uri for name in ("interactions", "items", "contexts", "examples")} | {
         "recots": task.outputs["recots"].uri

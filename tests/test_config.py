@@ -15,7 +15,7 @@ from trackrec.config import Settings
 from trackrec.config_file import ConfigError
 from trackrec.ctr.backbones import BACKBONES
 from trackrec.prompts import render
-from trackrec.run_config import RunConfig, Toleration
+from trackrec.run_config import RankingSettings, RunConfig, Toleration
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
 MINIMAL = {
@@ -249,7 +249,7 @@ def test_settings_that_may_be_none_default_to_none() -> None:
     ("override", "message"),
     [
         ("encoder=null", "`ranking` needs `encoder`"),
-        ("ranking.controls_of=[din, dcn, din]", "`controls_of` names a backbone twice"),
+        ("ranking={backbones: [din], controls_of: [autoint]}", "`controls_of` names autoint, which `backbones` lacks"),
         ("ranking.backbones=[]", "ranking.backbones"),
         ("ranking.by_iteration_of=[din, din]", "`by_iteration_of` names a backbone twice"),
         ("ranking.backbones=[xdeepfm]", "ranking.backbones"),
@@ -289,3 +289,12 @@ def test_the_config_that_the_docs_show_is_one(tmp_path: Path) -> None:
     (tmp_path / "shop.yaml").write_text(shown)
     loaded = config_file.load(tmp_path / "shop.yaml")
     assert loaded.ingest.log is not None and loaded.ingest.log.label == "clicked"
+
+
+def test_the_ranking_settings_follow_the_backbones() -> None:
+    """What is compared with controls and by iteration is of the backbones, if the config names no others."""
+    dcn = RankingSettings.model_validate({"backbones": ["dcn"]})
+    assert (dcn.controls_of, dcn.by_iteration_of) == (["dcn"], [])
+    two = RankingSettings.model_validate({"backbones": ["din", "dcn"], "controls_of": []})
+    assert (two.controls_of, two.by_iteration_of) == ([], ["din"])
+    assert set(RankingSettings().controls_of) == set(typing.get_args(config.Backbone))

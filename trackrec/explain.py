@@ -26,7 +26,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Target:
-    """An item, and what the user did with it where a held-out example tells."""
+    """An item, and what the user did with it where an example tells."""
 
     item_id: str
     title: str
@@ -74,10 +74,12 @@ def explain(
     """
     texts = {turn.iteration: _texts(turn.recots) for turn in turns}
     written = set.intersection(*(set(found) for found in texts.values()))
-    judged = [row for row in schema.rows(examples, "examples") if row["context_id"] in written]
+    of_all = list(schema.rows(examples, "examples"))
+    judged = [row for row in of_all if row["context_id"] in written]
     context_id, own = _context_of(judged, user, item)
     context = next(row for row in schema.rows(contexts, "contexts") if row["context_id"] == context_id)
-    targets = _targets(own, items, item)
+    labels = {row["item_id"]: row["label"] for row in of_all if row["user_id"] == user}
+    targets = _targets(own, labels, items, item)
     return Explanation(
         user, context, targets, [_answer(turn, texts[turn.iteration][context_id], context, targets, engine, base_model)
         for turn in turns],
@@ -103,14 +105,14 @@ def _context_of(judged: list[Row], user: str, item: str | None) -> tuple[str, li
     return newest, [row for row in own if row["context_id"] == newest]
 
 
-def _targets(own: list[Row], items: Path, item: str | None) -> list[Target]:
+def _targets(own: list[Row], labels: dict[str, int], items: Path, item: str | None) -> list[Target]:
     known = [Target(row["item_id"], row["title"], row["label"]) for row in own if item in (None, row["item_id"])]
     if known:
         return known
     titles = {row["item_id"]: row["title"] for row in schema.rows(items, "items", ["item_id", "title"])}
     if item is None or item not in titles:
         raise LookupError(f"no item {item!r} in {items}; its ids are such as {', '.join(sorted(titles)[:_OFFERED])}")
-    return [Target(item, titles[item], None)]
+    return [Target(item, titles[item], labels.get(item))]
 
 
 def _answer(

@@ -5,7 +5,7 @@ or an impossible combination is refused with the key's path and what is allowed.
 asked of a pod is not part of what a stage computes.
 """
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -58,11 +58,17 @@ class RankingSettings(Settings):
     # Each is trained with and without the RecCoTs of the last iteration.
     backbones: list[Backbone] = Field(default_factory=lambda: list(get_args(Backbone)), min_length=1)
     # Of these backbones, also the controls: vectors of random numbers, of other users' RecCoTs, of the raw history.
-    controls_of: list[Backbone] = Field(default_factory=lambda given: list(given.get("backbones", [])))
+    controls_of: list[Backbone] = Field(default_factory=lambda: list(get_args(Backbone)))
     # Also trained on the RecCoTs of every earlier iteration (Figure 5; the paper takes DIN).
-    by_iteration_of: list[Backbone] = Field(
-        default_factory=lambda given: [name for name in given.get("backbones", []) if name == "din"]
-    )
+    by_iteration_of: list[Backbone] = Field(default=["din"])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_are_of_the_backbones(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("backbones"), list):
+            return given
+        known = [name for name in given["backbones"] if name in get_args(Backbone)]
+        return {"controls_of": known, "by_iteration_of": [name for name in known if name == "din"], **given}
 
     @model_validator(mode="after")
     def _each_once_and_compared(self) -> Self:

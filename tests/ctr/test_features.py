@@ -73,7 +73,7 @@ def test_what_is_rare_in_training_is_unknown_there_too() -> None:
     assert data.tables.item.tolist() == [NONE, UNKNOWN, 2, UNKNOWN, UNKNOWN]
 
 
-def test_an_earlier_item_without_a_rating_among_rated_ones_is_no_rating() -> None:
+def test_a_label_that_stands_for_a_rating_is_none_of_the_ratings() -> None:
     history = [{"item_id": "a", "rating": 1.0, "label": 0}, {"item_id": "b", "rating": None, "label": 1}]
     data = dataset(
         pa.Table.from_pylist([{**ROWS[1], "history": history}], schema=schema.TABLES["interactions"]),
@@ -85,7 +85,8 @@ def test_an_earlier_item_without_a_rating_among_rated_ones_is_no_rating() -> Non
         recot=np.zeros(1),
         vectors=torch.zeros(1, 0),
     )
-    assert data.rows.history_rating.tolist() == [[2, UNKNOWN]] and data.names.ratings == [1.0]
+    assert data.rows.history_rating.tolist() == [[2, 3]] and data.vocabulary.ratings == 4
+    assert (data.names.ratings, data.names.unrated) == ([1.0], [1])
 
 
 def test_a_log_without_ratings_and_attributes() -> None:

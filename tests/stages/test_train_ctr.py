@@ -216,10 +216,13 @@ def test_an_item_that_training_never_saw(tmp_path: Path) -> None:
     items = [*ROWS["items"], {"item_id": "i99", "title": "New", "attributes": ["drama"]}]
     out = trained(tmp_path, inputs(tmp_path, interactions=rows, items=items))
     assert rankings.read(out / "metrics").seeds[0].slices["overall"].rows == 24
-    # All unseen items are one to the model: another of the same attributes is answered alike.
-    other = [row | ({"item_id": "i98"} if row["item_id"] == "i99" else {}) for row in rows]
-    renamed = [*ROWS["items"], {"item_id": "i98", "title": "Newer", "attributes": ["drama"]}]
-    again = trained(tmp_path / "again", inputs(tmp_path / "again", interactions=other, items=renamed))
+    # All unseen items are one to the model: others of the same attributes are answered alike.
+    items.append({"item_id": "i98", "title": "Newer", "attributes": ["drama"]})
+    mixed = [
+        row | ({"item_id": "i98"} if row["item_id"] == "i99" and int(row["user_id"][1:]) % 2 else {}) for row in rows
+    ]
+    assert {row["item_id"] for row in mixed if row["split"] == "test"} == {"i98", "i99"}
+    again = trained(tmp_path / "again", inputs(tmp_path / "again", interactions=mixed, items=items))
     scores = [schema.read(folder / "predictions", "ranked")["score"].to_pylist() for folder in (out, again)]
     assert scores[0] == scores[1]
 

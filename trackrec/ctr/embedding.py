@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     user: Tensor  # [B]
     item: Tensor  # [B]: row of the catalogue (`Tables`)
     history: Tensor  # [B, L]: earlier items, rows of the catalogue too, oldest first, NONE after the newest
-    history_rating: Tensor  # [B, L]: how they were rated, NONE where there is none
+    history_rating: Tensor  # [B, L]: how they were rated, or liked where there is no rating; NONE after the newest
     recot: Tensor  # [B]: row of `Tables.vectors`; NONE: the user has no RecCoT yet
 
 

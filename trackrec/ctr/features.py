@@ -28,6 +28,8 @@ class Names:
     items: list[str]
     attributes: list[str]
     ratings: list[float]
+    # The labels of earlier items that have no rating, numbered after the ratings.
+    unrated: list[int]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def dataset(
     users = _known(interactions["user_id"], train, min_rows)
     known_items = _known(interactions["item_id"], train, min_rows)
     catalogue = sorted(items["item_id"].to_pylist())
-    history, history_rating, ratings = _histories(interactions["history"], catalogue, history_length, train)
+    history, history_rating, ratings, unrated = _histories(interactions["history"], catalogue, history_length, train)
     attributes, item_attributes = _attributes(items, catalogue, set(known_items))
     own_item = np.concatenate([[NONE, UNKNOWN], _lookup(pa.array(catalogue, pa.string()), known_items)])
     columns = (
@@ -100,7 +102,7 @@ def dataset(
         history_rating,
         recot.astype(np.int64),
     )
-    names = Names(users, known_items, attributes, ratings)
+    names = Names(users, known_items, attributes, ratings, unrated)
     return Dataset(
         rows=Batch(*(torch.from_numpy(column) for column in columns)),
         labels=torch.from_numpy(interactions["label"].to_numpy().astype(np.float32)),
@@ -114,7 +116,7 @@ def dataset(
             users=len(users) + _FIRST,
             items=len(known_items) + _FIRST,
             attributes=len(attributes) + _FIRST,
-            ratings=len(ratings) + _FIRST,
+            ratings=len(ratings) + len(unrated) + _FIRST,
             vector_width=vectors.shape[1],
         ),
         names=names,
@@ -170,11 +172,11 @@ def _lookup(column: pa.ChunkedArray | pa.Array, known: Iterable[str]) -> np.ndar
 
 def _histories(
     column: pa.ChunkedArray, catalogue: list[str], length: int, train: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """Items and ratings of the newest `length` earlier rows, [R, length] each, and the ratings there are.
+) -> tuple[np.ndarray, np.ndarray, list[float], list[int]]:
+    """Items and ratings of the newest `length` earlier rows, [R, length] each, the ratings there are, and the labels
+    that stand for a rating where there is none.
 
-    A rating's number is its place among those of the train rows' histories, and UNKNOWN where it has none; in a log
-    without ratings the label stands for it.
+    A rating's number is its place among those of the train rows' histories; the labels come after the ratings.
     """
     lists = column.combine_chunks()
     sizes = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
@@ -185,14 +187,20 @@ def _histories(
     newest = lists.values.take(pa.array(places[inside]))
     items, ratings = (np.full(inside.shape, NONE, dtype=np.int64) for _ in range(2))
     items[inside] = _lookup(newest.field("item_id"), catalogue)
-    rated = newest.field("rating")
-    if rated.null_count == len(rated):
-        rated = newest.field("label").cast(pa.float32())
-    shown = rated.to_numpy(zero_copy_only=False)
-    values = np.unique(shown[np.repeat(train, kept) & ~np.isnan(shown)])
-    number = np.minimum(np.searchsorted(values, shown), max(len(values) - 1, 0))
-    ratings[inside] = np.where(np.isin(shown, values), number + _FIRST, UNKNOWN)
-    return items, ratings, values.tolist()
+    rating, label = (newest.field(name).to_numpy(zero_copy_only=False) for name in ("rating", "label"))
+    rated, of_train = ~np.isnan(rating), np.repeat(train, kept)
+    values, labels = np.unique(rating[of_train & rated]), np.unique(label[of_train & ~rated])
+    numbers = np.empty(len(rating), dtype=np.int64)
+    numbers[rated] = _numbered(rating[rated], values, _FIRST)
+    numbers[~rated] = _numbered(label[~rated], labels, _FIRST + len(values))
+    ratings[inside] = numbers
+    return items, ratings, values.tolist(), labels.tolist()
+
+
+def _numbered(found: np.ndarray, known: np.ndarray, first: int) -> np.ndarray:
+    """Each value's place in the sorted `known`, from `first` on; UNKNOWN where it is not there."""
+    places = np.minimum(np.searchsorted(known, found), max(len(known) - 1, 0))
+    return np.where(np.isin(found, known), places + first, UNKNOWN)
 
 
 def _attributes(items: pa.Table, catalogue: list[str], known_items: set[str]) -> tuple[list[str], np.ndarray]:

@@ -54,7 +54,8 @@ def random_in_place_of(vectors: Tensor, seed: int) -> Tensor:
 def shuffled_between_users(
     names: list[str], vectors: Tensor, owners: Mapping[str, frozenset[str]], seed: int
 ) -> Tensor:
-    """Each context's vector replaced by one of other users, whatever their split or moment.
+    """Each context's vector replaced by one of other users, whatever their split or moment (`controls` says which keep
+    their own).
 
     A user's contexts get vectors of several users, so this control says nothing of a user's own style over time.
 

@@ -1,4 +1,4 @@
-"""Controls that tell what a RecCoT is worth: here, every example reads a text about somebody else."""
+"""Controls that tell what a RecCoT is worth: here, an example reads a text about somebody else."""
 
 import random
 from collections.abc import Mapping
@@ -8,7 +8,8 @@ _STARTS = 100
 
 
 def shuffle_between_users(owners: Mapping[str, frozenset[str]], seed: int) -> dict[str, str]:
-    """For each context, the context whose RecCoT it gets: a permutation in which no text stays with a user of its own.
+    """For each context, the context whose RecCoT it gets: a permutation in which no text stays with a user of its own
+    but those that are about everybody.
 
     A random permutation, in which each conflict is then swapped away. Where every context has one user, a swap is there
     to be found unless some user owns more than half of the contexts, and then no such permutation exists: of the n - k

@@ -184,20 +184,20 @@ _BIN_ROWS = 30
 
 
 def calibration(base: Ranking, ours: Ranking) -> Drawing | None:
-    """Share of liked rows against the mean score, a point a bin; None where a side has no bin."""
-    if not base.calibration or not ours.calibration:
+    """Share of liked rows against the mean score, a point a bin of 30 rows or more; None where a side has none."""
+    of_base, of_ours = ([b for b in side.calibration if b.rows >= _BIN_ROWS] for side in (base, ours))
+    if not of_base or not of_ours:
         return None
     with _figure(3.4) as figure:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color="#808080", linestyle=":", linewidth=1)
-        for found, colour, style, name in ((base, _BASE, "s--", "no RecCoT"), (ours, _OURS, "o-", "RecCoT")):
-            bins = [b for b in found.calibration if b.rows >= _BIN_ROWS]
+        for bins, colour, style, name in ((of_base, _BASE, "s--", "no RecCoT"), (of_ours, _OURS, "o-", "RecCoT")):
             scores, liked = [b.mean_score for b in bins], [b.liked for b in bins]
             axes.plot(scores, liked, style, color=colour, markersize=5, label=name)
         name = BACKBONES[ours.backbone]
-        _square(axes, f"{name}: calibration (bins of {_BIN_ROWS} rows or more)", "mean score", "share liked")
+        _square(axes, f"{name}: calibration", "mean score", "share liked")
         _legend(figure)
-        told = "; ".join(f"score {b.mean_score:.2f}, liked {b.liked:.2f} ({b.rows} rows)" for b in ours.calibration)
+        told = "; ".join(f"score {b.mean_score:.2f}, liked {b.liked:.2f} ({b.rows} rows)" for b in of_ours)
         return _drawn(figure, f"{name} calibration", f"Calibration of {name} with the RecCoT: {told}.")
 
 

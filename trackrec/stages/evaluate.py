@@ -46,10 +46,12 @@ def run(
     """Writes table `predictions`, and `metrics.json` (`trackrec.evaluation.results.Evaluation`).
 
     V reads each example's history, target and the greedy RecCoT of its context; without `recots` no RecCoT; with
-    `shuffled` the RecCoT of a context of other users. A killed stage scores only what is left.
+    `shuffled` the RecCoT of a context of other users (`trackrec.evaluation.controls`). A killed stage scores only what
+    is left.
 
     Facts: `rows`, `contexts`, the overall `auc`, `uauc`, `acc`, `log_loss` and `ece`, `mean_tokens`, `tokens` (scored
-    in this try; a context's history counts once), `tokens_per_second`.
+    in this try; a context's history counts once), `tokens_per_second`; with `shuffled`, `kept_their_own`: contexts that
+    share a user with every other.
 
     Raises:
         ValueError: the split has no example, an evaluated context has no RecCoT, or shuffling is impossible.
@@ -72,7 +74,9 @@ def run(
         shown = _of_contexts(contexts, "contexts", targets)
         given = None if recots is None else _of_contexts(recots, "recots", targets)
         if given is not None and shuffled:
-            given = _shuffled(given, all_examples, shown, seeds.derive(seed, "shuffle"))
+            own = given
+            given = _shuffled(own, all_examples, shown, seeds.derive(seed, "shuffle"))
+            job.facts["kept_their_own"] = sum(given[name] is own[name] for name in own)
 
         asked = {
             context_id: [(row["row_id"], row["title"], given[context_id]["text"] if given else None) for row in group]
