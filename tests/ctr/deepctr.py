@@ -22,7 +22,7 @@ from deepctr_torch.models.basemodel import BaseModel
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from trackrec.ctr.embedding import NONE
+from trackrec.ctr.embedding import NONE, UNKNOWN
 from trackrec.ctr.features import Dataset, dataset
 from trackrec.data import schema
 
@@ -56,7 +56,8 @@ def data_of(tables: Path, history_length: int) -> Dataset:
         recot=np.full(len(interactions), NONE),
         vectors=torch.zeros(1, 0),
     )
-    return replace(data, rows=data.rows._replace(history_rating=torch.zeros_like(data.rows.history_rating)))
+    rows = data.rows._replace(history_rating=torch.zeros_like(data.rows.history_rating))
+    return replace(data, rows=rows, vocabulary=replace(data.vocabulary, ratings=UNKNOWN + 1))
 
 
 def inputs(data: Dataset, rows: Tensor) -> dict[str, np.ndarray]:

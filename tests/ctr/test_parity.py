@@ -23,12 +23,11 @@ import pytest
 import torch
 from deepctr_torch.models.basemodel import BaseModel
 from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
+from torch import nn
 
 from tests.ctr import deepctr
 from trackrec.config import IngestSettings
 from trackrec.ctr import ranker
-from trackrec.ctr.embedding import FieldEmbedding, Vocabulary
 from trackrec.ctr.features import Dataset
 from trackrec.ctr.stack import Hyper
 from trackrec.ctr.training import train
@@ -50,24 +49,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     out = tmp_path_factory.mktemp("ml-100k")
     ingest.run(IngestSettings(dataset="ml-100k"), raw=fetch("ml-100k"), interactions=out, items=out)
     return deepctr.data_of(out, history_length=10)
-
-
-class NoRatings(nn.Module):
-    def forward(self, ids: Tensor) -> Tensor:
-        return torch.zeros(1)
-
-
-class FieldsWithoutRatings(FieldEmbedding):
-    """deepctr adds no second id to an item of the history. The rating NONE alone would be a learned constant there."""
-
-    def __init__(self, vocabulary: Vocabulary, size: int) -> None:
-        super().__init__(vocabulary, size)
-        self.rating = NoRatings()
-
-
-@pytest.fixture(autouse=True)
-def without_ratings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranker, "FieldEmbedding", FieldsWithoutRatings)
 
 
 @pytest.mark.parametrize("backbone", deepctr.PEERS)

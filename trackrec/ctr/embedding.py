@@ -89,7 +89,8 @@ class FieldEmbedding(nn.Module):
         self.user = Lookup(vocabulary.users, size + 1)
         self.item = Lookup(vocabulary.items, size + 1)
         self.attribute = Lookup(vocabulary.attributes, size + 1)
-        self.rating = Lookup(vocabulary.ratings, size)
+        # A log whose train histories are empty tells of none.
+        self.rating = Lookup(vocabulary.ratings, size) if vocabulary.ratings > UNKNOWN + 1 else None
         self.connector = Connector(vocabulary.vector_width, size + 1, hidden) if vocabulary.vector_width else None
 
     def forward(self, batch: Batch, tables: Tables) -> Embedded:
@@ -104,7 +105,9 @@ class FieldEmbedding(nn.Module):
             found.append(self.connector(tables.vectors[batch.recot], batch.recot != NONE)[:, None])
         own, first_order = torch.cat(found, dim=1).split([size, 1], dim=2)
         mask = batch.history != NONE
-        history = earlier.split([size, 1], dim=2)[0] + self.rating(batch.history_rating)
+        history = earlier.split([size, 1], dim=2)[0]
+        if self.rating is not None:
+            history = history + self.rating(batch.history_rating)
         fields = torch.cat([own, masked_mean(history, mask)[:, None]], dim=1)
         return Embedded(fields, first_order.sum((1, 2)), own[:, 1], history, mask)
 
