@@ -31,7 +31,7 @@ def ranked(
         absent = {} if auc is not None else {"auc": "all rows have label 1", "uauc": "all rows have label 1"}
         loss = log_losses[seed] if log_losses else 0.6
         overall = Measures(rows=90, positives=40, users=9, auc=auc, uauc=auc, acc=auc, log_loss=loss, absent=absent)
-        tail = overall.model_copy(update={"auc": None if auc is None else auc - 0.01})
+        tail = overall.model_copy(update={"auc": None if auc is None else auc - 0.01, "rows": 20})
         slices = {"overall": overall, "warm": overall, "cold": overall, "long_tail": tail}
         seeds.append(SeedResult(seed=seed, epoch=2, valid_auc=0.7, slices=slices))
     points = [
@@ -191,7 +191,7 @@ def test_table_4_has_both_slices_and_names_the_threshold() -> None:
         ("V as recommender", "overall", 0.58),
         ("V as recommender", "long_tail", pytest.approx(0.55)),
     ]
-    assert "at most 10 train rows" in found.about
+    assert "at most 10 train rows (20 of the ranking models' 90)" in found.about
     assert found.effects[3].base_interval is None  # it is of all rows
 
 

@@ -200,6 +200,7 @@ def test_without_validator(tmp_path: Path) -> None:
     text = page(results)
     assert 'id="validator"' not in text and 'id="tokens"' not in text and "V is measured" not in text
     assert 'id="table2"' in text and text.count("<h4>RecCoT</h4>") == 2
+    assert "Train labels reach G" in text and "bootstrap over users" not in text
 
 
 def test_with_the_baseline_alone(tmp_path: Path) -> None:
