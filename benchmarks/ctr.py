@@ -6,8 +6,7 @@
 Both train the same model (`tests.ctr.deepctr` says what is matched) on the same rows and fields, without a RecCoT, and
 take the best epoch by valid AUC. "deepctr" is its own `fit` and `predict`, one seed after another; "ours" is
 `trackrec.ctr.training`, one seed after another; "stacked" trains all seeds together. The first two take turns, seed by
-seed; stacked runs before and after them. All times include predicting valid after each epoch and
-test once, and none what torch imports for its first optimiser.
+seed; stacked runs before and after them. All times include predicting valid after each epoch and test once.
 """
 
 import argparse
@@ -45,8 +44,7 @@ class Run:
 
 def deepctrs(backbone: str, data: Dataset, seed: int, args: argparse.Namespace) -> Run:
     model = deepctr.build(backbone, data, SIZE, HIDDEN, seed)
-    started = time.perf_counter()
-    aucs, seconds = [], 0.0
+    seconds, aucs, started = 0.0, [], time.perf_counter()
     for _ in islice(deepctr.fit(model, data, LEARNING_RATE, args.batch_size), args.epochs):
         valid = deepctr.auc(model, data, "valid")
         seconds += time.perf_counter() - started
@@ -117,7 +115,7 @@ def main() -> None:
         f"{dataset}, {len(data.of_split('train'))} train rows, {args.epochs} epochs, batch {args.batch_size}, ", end=""
     )
     print(f"{torch.get_num_threads()} threads; AUC: mean over the seeds")
-    torch.optim.Adam([torch.zeros(1)])
+    torch.optim.Adam([torch.zeros(1)])  # imports for a second, which is nobody's
     for backbone in args.backbones:
         report(backbone, data, args)
 

@@ -50,7 +50,9 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     return {
         "contexts": publish(tmp_path / "contexts", contexts=contexts),
         "examples": publish(tmp_path / "examples", examples=examples),
-        "items": publish(tmp_path / "items", items=[{"item_id": "z", "title": "Z", "attributes": []}]),
+        "items": publish(
+            tmp_path / "items", items=[{"item_id": name, "title": name.upper(), "attributes": []} for name in "cz"]
+        ),
         "recots": publish(tmp_path / "recots", recots=recots),
     }
 
@@ -73,6 +75,11 @@ def test_the_context_in_which_the_item_was_judged(tables: dict[str, Path]) -> No
     found = explained(tables, item="a")
     assert found.context["context_id"] == "early" and found.targets[0].label == 1
     assert found.answers[1].with_recot == pytest.approx([0.9]) and found.answers[1].without == pytest.approx([0.2])
+
+
+def test_an_item_judged_in_a_context_without_recots(tables: dict[str, Path]) -> None:
+    found = explained(tables, item="c")
+    assert found.context["context_id"] == "late" and found.targets[0].label == 0
 
 
 def test_an_item_that_was_never_judged(tables: dict[str, Path]) -> None:

@@ -89,6 +89,12 @@ def test_without_ranking_the_report_is_of_v_alone(tmp_path: Path) -> None:
     assert "compare" in pipeline.tasks
 
 
+def test_without_an_iteration_a_text_is_neither_before_nor_after_alignment(tmp_path: Path) -> None:
+    pipeline = compiled("ml-1m-smollm2", tmp_path)
+    assert "before" not in pipeline.tasks["compare"]["inputs"]["artifacts"]
+    assert pipeline.source("compare", "after") == "generate 0/recots"
+
+
 def test_backbones_alone(tmp_path: Path) -> None:
     """On the tables and texts that its parameters name."""
     pipeline = compiled("quickstart", tmp_path, pipeline="backbones")

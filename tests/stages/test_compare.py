@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from tests.evaluation.test_tables import GAIN, LOSS, ROWS, against, ranked, report
 from tests.tables import publish
 from trackrec import storage
+from trackrec.evaluation import plots
 from trackrec.evaluation import report as reports
 from trackrec.evaluation.report import Report
 from trackrec.stages import compare
@@ -201,6 +202,15 @@ def test_without_validator(tmp_path: Path) -> None:
     assert 'id="validator"' not in text and 'id="tokens"' not in text and "V is measured" not in text
     assert 'id="table2"' in text and text.count("<h4>RecCoT</h4>") == 2
     assert "Train labels reach G" in text and "bootstrap over users" not in text
+
+
+def test_a_bin_of_few_rows_is_not_drawn() -> None:
+    base, ours = (found.ranking for found in against(GAIN))
+    assert plots.calibration(base, ours) is not None
+    [many, few] = [bin.model_copy(update={"rows": rows}) for bin, rows in zip(ours.calibration, (30, 29), strict=True)]
+    drawn = plots.calibration(base, ours.model_copy(update={"calibration": [many, few]}))
+    assert drawn is not None and "(30 rows)" in drawn.alt and "(29 rows)" not in drawn.alt
+    assert plots.calibration(base, ours.model_copy(update={"calibration": [few]})) is None
 
 
 def test_with_the_baseline_alone(tmp_path: Path) -> None:

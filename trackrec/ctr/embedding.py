@@ -114,7 +114,7 @@ class FieldEmbedding(nn.Module):
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """The mean over the second last dimension of values [..., n, D] where mask [..., n]; 0 where it is nowhere."""
-    # Numbers at once: a product with a mask is slower, and its weights are smaller than what they weigh.
+    # Cast and divided while small: a product of numbers with a bool mask is slow, forward and backward.
     weights = mask.to(values.dtype)
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
     return (values * weights[..., None]).sum(-2)

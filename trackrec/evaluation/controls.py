@@ -27,12 +27,11 @@ def shuffle_between_users(owners: Mapping[str, frozenset[str]], seed: int) -> di
     everybodys = {name for name, users in owners.items() if _shares_with_all(name, users, owners)}
     receivers = sorted(owners.keys() - everybodys)
     rng = random.Random(seed)
-    for _ in range(_STARTS):
+    stuck = frozenset[str]().union(*owners.values())
+    for _ in range(_STARTS if receivers else 0):
         givers = receivers.copy()
         rng.shuffle(givers)
-        stuck = (
-            _swap_conflicts_away(receivers, givers, owners, rng) if receivers else frozenset().union(*owners.values())
-        )
+        stuck = _swap_conflicts_away(receivers, givers, owners, rng)
         if not stuck:
             return dict(zip(receivers, givers, strict=True)) | {name: name for name in everybodys}
     raise ValueError(

@@ -58,6 +58,7 @@ def render(report: Report, examples: Sequence[Shown]) -> str:
             tokens_verdict=plots.tokens_verdict(rows) if rows else "",
             tokens_figure=plots.lengths(rows) if rows else None,
             curves=_curves(report),
+            bin_rows=plots.BIN_ROWS,
             examples=examples,
             notes=notes(report),
         )

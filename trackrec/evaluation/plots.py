@@ -180,12 +180,12 @@ def roc(base: Ranking, ours: Ranking) -> Drawing | None:
 
 
 # A bin of fewer rows is not drawn: its share of liked rows says little.
-_BIN_ROWS = 30
+BIN_ROWS = 30
 
 
 def calibration(base: Ranking, ours: Ranking) -> Drawing | None:
-    """Share of liked rows against the mean score, a point a bin of 30 rows or more; None where a side has none."""
-    of_base, of_ours = ([b for b in side.calibration if b.rows >= _BIN_ROWS] for side in (base, ours))
+    """Share of liked rows against the mean score, a point a bin of `BIN_ROWS` or more; None where a side has none."""
+    of_base, of_ours = ([b for b in side.calibration if b.rows >= BIN_ROWS] for side in (base, ours))
     if not of_base or not of_ours:
         return None
     with _figure(3.4) as figure:
