@@ -91,5 +91,5 @@ def test_an_item_that_was_never_judged(tables: dict[str, Path]) -> None:
 def test_who_and_what_is_unknown(tables: dict[str, Path]) -> None:
     with pytest.raises(LookupError, match="for user 'v'; there are some for 1 users, among them u"):
         explained(tables, user="v")
-    with pytest.raises(LookupError, match=r"no item 'y' in .*; its ids are such as z"):
+    with pytest.raises(LookupError, match=r"no item 'y' in .*; its ids are such as c, z"):
         explained(tables, item="y")
