@@ -71,11 +71,14 @@ def test_fignn() -> None:
 
 
 def test_fields() -> None:
-    """D = 1, so a table's row is the field and the first-order weight. The second row has no RecCoT and no history."""
+    """D = 1. The second row has no RecCoT and no history."""
     embedding = FieldEmbedding(Vocabulary(users=3, items=5, attributes=4, ratings=4, vector_width=2), 1, hidden=(1,))
-    fill(embedding.user.weight, [[0.0, 0], [0, 0], [1, 100]])
-    fill(embedding.item.weight, [[0.0, 0], [7, 700], [2, 200], [3, 300], [4, 400]])
-    fill(embedding.attribute.weight, [[9.0, 9], [9, 9], [10, 1000], [20, 3000]])
+    fill(embedding.user.weight, [[0.0], [0], [1]])
+    fill(embedding.user_weight.weight, [[0.0], [0], [100]])
+    fill(embedding.item.weight, [[0.0], [7], [2], [3], [4]])
+    fill(embedding.item_weight.weight, [[0.0], [700], [200], [300], [400]])
+    fill(embedding.attribute.weight, [[9.0], [9], [10], [20]])
+    fill(embedding.attribute_weight.weight, [[9.0], [9], [1000], [3000]])
     fill(embedding.rating.weight, [[9.0], [9], [0.5], [0.25]])
     connector = embedding.connector
     assert connector is not None

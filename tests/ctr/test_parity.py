@@ -99,15 +99,16 @@ def test_the_same_weights_give_the_same_logits(backbone: str, data: Dataset) -> 
 @torch.no_grad()
 def copy_weights(model: ranker.Ranker, peer: BaseModel, backbone: str) -> None:
     ours = model.backbone
+    embedding = model.embedding
     tables = {
-        "user": model.embedding.user,
-        "item": model.embedding.item,
-        "attributes": model.embedding.attribute,
+        "user": (embedding.user, embedding.user_weight),
+        "item": (embedding.item, embedding.item_weight),
+        "attributes": (embedding.attribute, embedding.attribute_weight),
     }
-    for name, table in tables.items():
-        peer.embedding_dict[name].weight.copy_(table.weight[:, :-1])
+    for name, (table, weight) in tables.items():
+        peer.embedding_dict[name].weight.copy_(table.weight)
         if name in peer.linear_model.embedding_dict:
-            peer.linear_model.embedding_dict[name].weight.copy_(table.weight[:, -1:])
+            peer.linear_model.embedding_dict[name].weight.copy_(weight.weight)
     peer.dnn_linear.weight.copy_(ours.out.weight)
     peer.out.bias.copy_(ours.out.bias)
     if backbone == "autoint":

@@ -37,7 +37,7 @@ def test_the_best_point_on_valid_is_what_the_seeds_train(log: dict[str, pa.Table
     assert [model.hyper for model in found.models] == [
         Hyper(seed, chosen.learning_rate, chosen.dropout, chosen.l2) for seed in (11, 12, 13)
     ]
-    assert found.models[0].weights["embedding.user.weight"].shape[1] == chosen.embedding_size + 1
+    assert found.models[0].weights["embedding.user.weight"].shape[1] == chosen.embedding_size
     # The search's model of that point, under the same seed, is the first of them.
     assert found.models[0].valid_auc == pytest.approx(chosen.valid_auc, abs=1e-4)
     assert all(len(model.scores) == len(data.of_split("test")) for model in found.models)

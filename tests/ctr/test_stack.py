@@ -103,8 +103,9 @@ def test_every_weight_of_a_backbone_learns(backbone: str, log: dict[str, pa.Tabl
     for _ in range(3):
         batch = Batch(*(part[rows][None] for part in data.rows))
         models.step(batch, data.tables, data.labels[rows][None])
-    for name, weight in before.named_parameters():
-        assert not torch.equal(models.weights[name][0], weight), name
+    stayed = {name for name, weight in before.named_parameters() if torch.equal(models.weights[name][0], weight)}
+    linear = {f"embedding.{kind}_weight.weight" for kind in ("user", "item", "attribute")}
+    assert stayed == (set() if backbone in ("deepfm", "fibinet") else linear)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -77,8 +77,6 @@ class Connector(nn.Module):
 class FieldEmbedding(nn.Module):
     """x and M(e^p) of eq. 8: the fields of a batch.
 
-    A table's rows are D + 1 wide: the last column is the first-order weight, so that one look-up serves both.
-
     Args:
         size: D, of a field.
         hidden: the connector's hidden layers.
@@ -86,30 +84,35 @@ class FieldEmbedding(nn.Module):
 
     def __init__(self, vocabulary: Vocabulary, size: int, hidden: Sequence[int] = (64,)) -> None:
         super().__init__()
-        self.user = Lookup(vocabulary.users, size + 1)
-        self.item = Lookup(vocabulary.items, size + 1)
-        self.attribute = Lookup(vocabulary.attributes, size + 1)
+        self.user = Lookup(vocabulary.users, size)
+        self.item = Lookup(vocabulary.items, size)
+        self.attribute = Lookup(vocabulary.attributes, size)
         # A log whose train histories are empty tells of none.
         self.rating = Lookup(vocabulary.ratings, size) if vocabulary.ratings > UNKNOWN + 1 else None
         self.connector = Connector(vocabulary.vector_width, size + 1, hidden) if vocabulary.vector_width else None
+        # The first-order weights apart: a table D wide is gathered in whole vector registers, one D + 1 wide is not.
+        self.user_weight = Lookup(vocabulary.users, 1)
+        self.item_weight = Lookup(vocabulary.items, 1)
+        self.attribute_weight = Lookup(vocabulary.attributes, 1)
 
     def forward(self, batch: Batch, tables: Tables) -> Embedded:
+        target, attributes = tables.item[batch.item], tables.item_attributes[batch.item]
+        described, mask = attributes != NONE, batch.history != NONE
+        items = self.item(torch.cat([target[:, None], tables.item[batch.history]], dim=1))
         # Split rather than sliced: a slice's gradient is padded with zeros and added, a split's is put together.
-        size = self.user.embedding_dim - 1
-        items = self.item(tables.item[torch.cat([batch.item[:, None], batch.history], dim=1)])
-        item, earlier = items.split([1, batch.history.shape[1]], dim=1)
-        attributes = tables.item_attributes[batch.item]
-        pooled = masked_mean(self.attribute(attributes), attributes != NONE)
-        found = [self.user(batch.user)[:, None], item, pooled[:, None]]
-        if self.connector is not None:
-            found.append(self.connector(tables.vectors[batch.recot], batch.recot != NONE)[:, None])
-        own, first_order = torch.cat(found, dim=1).split([size, 1], dim=2)
-        mask = batch.history != NONE
-        history = earlier.split([size, 1], dim=2)[0]
+        item, history = items.split([1, batch.history.shape[1]], dim=1)
         if self.rating is not None:
             history = history + self.rating(batch.history_rating)
-        fields = torch.cat([own, masked_mean(history, mask)[:, None]], dim=1)
-        return Embedded(fields, first_order.sum((1, 2)), own[:, 1], history, mask)
+        found = [self.user(batch.user), item[:, 0], masked_mean(self.attribute(attributes), described)]
+        first_order = self.user_weight(batch.user) + self.item_weight(target)
+        first_order = first_order + masked_mean(self.attribute_weight(attributes), described)
+        if self.connector is not None:
+            recot = self.connector(tables.vectors[batch.recot], batch.recot != NONE)
+            vector, weight = recot.split([recot.shape[1] - 1, 1], dim=1)
+            found.append(vector)
+            first_order = first_order + weight
+        fields = torch.stack([*found, masked_mean(history, mask)], dim=1)
+        return Embedded(fields, first_order[:, 0], item[:, 0], history, mask)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -48,10 +48,10 @@ class Stack:
         # Neighbours with the same settings are one of the optimiser's groups: its kernels are fewer, and larger.
         alike = [(key, len(list(of_key))) for key, of_key in groupby((h.learning_rate, h.l2) for h in hypers)]
         self.sizes = [size for _, size in alike]
-        parts = zip(*(weight.split(self.sizes) for weight in self.weights.values()), strict=True)
+        self.parts = [nn.Parameter(part) for weight in self.weights.values() for part in weight.split(self.sizes)]
         groups = [
-            {"params": [nn.Parameter(part) for part in of_group], "lr": learning_rate, "weight_decay": l2}
-            for of_group, ((learning_rate, l2), _) in zip(parts, alike, strict=True)
+            {"params": self.parts[group :: len(alike)], "lr": learning_rate, "weight_decay": l2}
+            for group, ((learning_rate, l2), _) in enumerate(alike)
         ]
         self.optimizer = torch.optim.Adam(groups, fused=True)
         dropouts = {name: module for name, module in self.template.named_modules() if isinstance(module, Dropout)}
@@ -80,15 +80,13 @@ class Stack:
         if self.compiles and not self.programs:  # the first batch is a full one; an epoch's last may not be
             self.programs[labels.shape] = _compiled(self._gradients, given)
         losses, gradients = self.programs.get(labels.shape, self._gradients)(*given)
-        of_groups = zip(*(gradient.split(self.sizes) for gradient in gradients), strict=True)
-        for group, of_group in zip(self.optimizer.param_groups, of_groups, strict=True):
-            for weight, gradient in zip(group["params"], of_group, strict=True):
-                weight.grad = gradient
+        for part, gradient in zip(self.parts, gradients, strict=True):
+            part.grad = gradient
         self.optimizer.step()
         return losses
 
     def _gradients(self, *given: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Losses [M] and the weights' gradients from weights, buffers, batch, tables and labels, one after another."""
+        """Losses [M] and `parts`' gradients, from weights, buffers, batch, tables and labels, one after another."""
         rest = iter(given)
         weights = {name: next(rest).detach().requires_grad_(True) for name in self.weights}
         buffers = {name: next(rest) for name in self.buffers}
@@ -102,9 +100,11 @@ class Stack:
         self.template.train(self.drops)
         logits = vmap(answer)(weights, buffers, batch)
         losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
-        gradients = torch.autograd.grad(losses.sum(), list(weights.values()))
+        # Most backbones have no linear part, and leave the first-order weights alone.
+        gradients = torch.autograd.grad(losses.sum(), list(weights.values()), materialize_grads=True)
         # The fused optimiser walks through memory, and takes a transposed gradient for what it is not.
-        return losses.detach(), tuple(gradient.contiguous() for gradient in gradients)
+        parts = [part for gradient in gradients for part in gradient.contiguous().split(self.sizes)]
+        return losses.detach(), tuple(parts)
 
     @torch.no_grad()
     def predict(self, batch: Batch, tables: Tables) -> Tensor:
