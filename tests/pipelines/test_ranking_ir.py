@@ -145,7 +145,7 @@ def test_the_ablations_rankers(ablations: Compiled) -> None:
 
 
 def test_ablations_share_their_tasks_with_the_whole_pipeline(ablations: Compiled, ml_1m: Compiled) -> None:
-    """Same component, image, parameters and sources: Kubeflow's cache key, so a finished run's results are found."""
+    """Same component, image, parameters and sources: the cache key of a run on one machine, whose results are found."""
     shared = [
         title for title in ablations.tasks if title in ml_1m.tasks and not title.startswith(("tabulate", "compare"))
     ]

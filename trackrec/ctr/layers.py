@@ -190,7 +190,9 @@ class TargetAttention(nn.Module):
         alone = F.linear(target, of_target + of_difference, self.hidden.bias)
         each = torch.cat([history, target[:, None] * history], dim=-1)
         weight = torch.cat([of_earlier - of_difference, of_product], dim=1)
-        return self.score(F.relu(alone[:, None] + F.linear(each, weight)))[..., 0]
+        # In place: the batch's largest tensor, of which a copy costs as much as the product.
+        hidden = F.linear(each, weight).add_(alone[:, None]).relu_()
+        return self.score(hidden)[..., 0]
 
 
 class GRUCell(nn.Module):

@@ -79,7 +79,11 @@ class Stack:
         given = (*self.weights.values(), *self.buffers.values(), *batch, *tables, labels)
         if self.compiles and not self.programs:  # the first batch is a full one; an epoch's last may not be
             self.programs[labels.shape] = _compiled(self._gradients, given)
-        losses, gradients = self.programs.get(labels.shape, self._gradients)(*given)
+        if program := self.programs.get(labels.shape):
+            with torch.inference_mode():  # the gradients' graph is part of the program
+                losses, gradients = program(*given)
+        else:
+            losses, gradients = self._gradients(*given)
         for part, gradient in zip(self.parts, gradients, strict=True):
             part.grad = gradient
         self.optimizer.step()
@@ -106,7 +110,7 @@ class Stack:
         parts = [part for gradient in gradients for part in gradient.contiguous().split(self.sizes)]
         return losses.detach(), tuple(parts)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def predict(self, batch: Batch, tables: Tables) -> Tensor:
         """P(liked) under every model, [M, B], for rows they share (each tensor [B, ...])."""
         self.template.eval()
