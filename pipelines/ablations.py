@@ -1,7 +1,7 @@
 """What each part of TrackRec is worth (paper 4.4): the loop whole, after one iteration, and without a part of it.
 
-One DAG: what two variants have in common is one task. On one machine, what `pipelines/trackrec.py` has run under the same
-config comes from the cache; Kubeflow's cache does not look into runs of a pipeline of another name.
+One DAG: what two variants have in common is one task. On one machine, what `pipelines/trackrec.py` has run under the
+same config comes from the cache; Kubeflow's cache does not look into runs of a pipeline of another name.
 """
 
 from kfp import dsl
