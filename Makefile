@@ -55,7 +55,8 @@ lint: $(VENV)/.ready ## Check style, types and the direction of imports
 .PHONY: compile
 compile: $(VENV)/.ready ## Write every component's spec and page, and every config's pipeline IR (build/)
 	$(BIN)/python -m components.build
-	for config in $(CONFIGS); do $(BIN)/trackrec compile --config $$config || exit 1; done
+	for config in $(CONFIGS); do $(BIN)/trackrec compile --config $$config \
+	  $$(grep -q deepspeed $$config && echo --profile gke-a100) || exit 1; done
 
 .PHONY: bench
 bench: setup ## Run the benchmarks of the README's table (ML_1M=path to ml-1m.zip adds those on MovieLens-1M)

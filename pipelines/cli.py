@@ -16,6 +16,7 @@ from rich.markup import escape
 from components import stages
 from pipelines import ablations, backbones, explaining, local, single, trackrec
 from trackrec import config_file, fetch, storage
+from trackrec import profile as profiles
 from trackrec.cli import app as library
 from trackrec.evaluation import report as reports
 from trackrec.run_config import RunConfig
@@ -52,6 +53,14 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting, e.g. -s sample.n=4. Repeatable."),
 ]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        help="What the stages' pods ask for on a cluster, laid over the config: a name "
+        f"({', '.join(profiles.names())}) or a YAML file. --set goes over it.",
+    ),
+]
 RootOption = Annotated[Path, typer.Option("--root", help="Where runs, artifacts and the cache lie.")]
 
 
@@ -59,6 +68,7 @@ RootOption = Annotated[Path, typer.Option("--root", help="Where runs, artifacts 
 def run(
     config: ConfigOption,
     set_: SetOption = None,
+    profile: ProfileOption = None,
     pipeline: PipelineOption = "trackrec",
     from_: Annotated[
         str | None, typer.Option("--from", help="For `backbones`: the finished run whose tables and RecCoTs are read.")
@@ -71,7 +81,7 @@ def run(
     cache: Annotated[bool, typer.Option(help="Reuse what unchanged stages wrote before.")] = True,
 ) -> None:
     """Run the compiled pipeline on this machine; ends with its tables and the place of the report."""
-    loaded = config_file.load(config, _overrides(set_))
+    loaded = config_file.load(config, _overrides(set_), profile=profile)
     if (from_ is not None) != (pipeline == "backbones") or (texts is not None and from_ is None):
         raise config_file.ConfigError("--from RUN goes with `--pipeline backbones`, and --texts with --from")
     built = _built(pipeline, loaded)
@@ -117,10 +127,11 @@ def compile_(
         typer.Option("--out", "-o", help="Where the IR goes; the pipeline's NAME.yaml in build/ by default."),
     ] = None,
     set_: SetOption = None,
+    profile: ProfileOption = None,
     pipeline: PipelineOption = "trackrec",
 ) -> None:
     """Write a pipeline's IR as YAML, ready to upload to Kubeflow Pipelines."""
-    built = _built(pipeline, config_file.load(config, _overrides(set_)))
+    built = _built(pipeline, config_file.load(config, _overrides(set_), profile=profile))
     target = out or Path("build") / f"{built.name}.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(built, str(target))

@@ -10,6 +10,13 @@ from trackrec.run_config import Resources, RunConfig
 
 # What a retried pod resumes from (see `trackrec.storage.work_root`).
 WORK_PATH = "/tmp/trackrec-work"
+MODEL_CACHE_PATH = "/tmp/trackrec-model-cache"
+# The images' user; a namespace under the Pod Security Standard "restricted" asks a pod to say that it is not root.
+USER = 1000
+# Which stage a pod is of, for `kubectl get pods -l` and network policies.
+STAGE_LABEL = "trackrec/stage"
+# kfp-kubernetes 2.17 has no priority class: manifests/components/priority makes one of this label.
+PRIORITY_LABEL = "trackrec/priority-class"
 RETRY_BACKOFF = "30s"
 
 
@@ -26,6 +33,10 @@ def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") ->
     if resources.accelerator:
         task.set_accelerator_type(resources.accelerator.type)
         task.set_accelerator_limit(resources.accelerator.count)
+    kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
+    kubernetes.add_pod_label(task, STAGE_LABEL, stage)
+    if resources.priority_class:
+        kubernetes.add_pod_label(task, PRIORITY_LABEL, resources.priority_class)
     for label, value in resources.node_selector.items():
         kubernetes.add_node_selector(task, label, value)
     for toleration in resources.tolerations:
@@ -40,6 +51,10 @@ def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") ->
     kubernetes.empty_dir_mount(task, "scratch", mount_path="/tmp", size_limit=resources.ephemeral_storage)
     if resources.work_claim:
         kubernetes.mount_pvc(task, pvc_name=resources.work_claim, mount_path=WORK_PATH)
+    if resources.model_cache_claim:
+        kubernetes.mount_pvc(task, pvc_name=resources.model_cache_claim, mount_path=MODEL_CACHE_PATH)
+        # Where vLLM and Hugging Face's libraries keep what they derive.
+        task.set_env_variable("XDG_CACHE_HOME", MODEL_CACHE_PATH)
     if resources.shm:
         kubernetes.empty_dir_mount(task, "shm", mount_path="/dev/shm", medium="Memory", size_limit=resources.shm)
     for secret in resources.secrets:

@@ -18,6 +18,7 @@ from trackrec.prompts import render
 from trackrec.run_config import RankingSettings, RunConfig, Toleration
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
+PAPER = Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml")
 MINIMAL = {
     "name": "small",
     "raw_data": "raw",
@@ -26,6 +27,11 @@ MINIMAL = {
     "contexts": {"domain": "movies"},
     "distill_data": {"teacher": {"kind": "recorded"}},
 }
+
+
+def shipped(path: Path) -> RunConfig:
+    """The paper's settings need a profile with GPUs."""
+    return config_file.load(path, profile="gke-a100" if "7b" in path.stem else None)
 
 
 def written(tmp_path: Path, **changes: object) -> Path:
@@ -42,7 +48,7 @@ def impressions(domain: str, **log: object) -> dict[str, object]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_load(path: Path) -> None:
-    loaded = config_file.load(path)
+    loaded = shipped(path)
     # The paper's T; the one that is of the backbones alone trains no G.
     assert loaded.loop.iterations == (0 if path.stem == "ml-1m-smollm2" else 3)
     assert loaded.ranking is not None
@@ -50,7 +56,7 @@ def test_shipped_configs_load(path: Path) -> None:
 
 def test_the_papers_settings() -> None:
     """Section 4.1.4: N=10, t=1, top_p=.9, T=3, learning rate 1e-5; section 3.5: about 5 % for distillation."""
-    loaded = config_file.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"))
+    loaded = shipped(PAPER)
     assert (loaded.sample.n, loaded.sample.temperature, loaded.sample.top_p) == (10, 1.0, 0.9)
     assert loaded.loop.iterations == 3 and loaded.loop.validator_init == "previous"
     assert loaded.sdpo.learning_rate == loaded.rec_tune.learning_rate == loaded.sft_generator.learning_rate == 1e-5
@@ -75,7 +81,10 @@ def test_the_papers_settings() -> None:
         ),
         ({"sdpo": {"lora": {"r": 8}}}, r"`sdpo\.lora` goes on with the adapter of `sft_generator`"),
         ({"sdpo": {"lora": {"r": 8}}, "sft_generator": {"lora": {"r": 16}}}, r"give both the same `lora`"),
-        ({"sdpo": {"deepspeed": "zero3"}}, r"`sdpo\.deepspeed` needs `resources\.sdpo\.accelerator`"),
+        (
+            {"sdpo": {"deepspeed": "zero3"}},
+            r"`sdpo\.deepspeed` needs GPUs: name a profile .*or set `resources\.sdpo\.acc",
+        ),
         (
             {"sample": {"engine": {"kind": "vllm", "tensor_parallel_size": 2}}},
             r"tensor_parallel_size` is 2.*gives 0 GPUs",
@@ -176,7 +185,7 @@ def test_a_file_is_read_strictly_and_yet_as_it_is_written(tmp_path: Path) -> Non
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_written_out_whole_is_read_as_the_same(tmp_path: Path, path: Path) -> None:
     """A run keeps its config that way, and `trackrec stage` reads it."""
-    loaded = config_file.load(path)
+    loaded = shipped(path)
     whole = tmp_path / "config.yaml"
     whole.write_text(yaml.safe_dump(loaded.model_dump(mode="json", exclude_none=True)))
     assert config_file.load(whole) == loaded
@@ -263,7 +272,7 @@ def test_settings_that_may_be_none_default_to_none() -> None:
 def test_ranking_settings_that_are_refused(override: str, message: str) -> None:
     given = dict([config_file.parse_override(override)])
     with pytest.raises(config_file.ConfigError, match=message):
-        config_file.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"), given)
+        config_file.load(PAPER, given, profile="gke-a100")
 
 
 def test_the_backbones_of_the_config_are_those_there_are() -> None:

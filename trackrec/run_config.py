@@ -122,6 +122,10 @@ class Resources(Settings):
     shm: Memory | None = None
     # A PersistentVolumeClaim for checkpoints and finished shards, so that a retried pod resumes.
     work_claim: Text | None = None
+    # A PersistentVolumeClaim for what engines derive from a model (vLLM's compiled graphs), so that it is made once.
+    model_cache_claim: Text | None = None
+    # A PriorityClass of the cluster; Kubeflow's IR has no field for it (manifests/components/priority).
+    priority_class: Text | None = None
     secrets: list[SecretKey] = Field(default_factory=list)
     retries: Count = 2
     cache: bool = True
@@ -213,7 +217,10 @@ class RunConfig(Settings):
             training: TrainingSettings = getattr(self, stage)
             accelerator = getattr(self.resources, stage).accelerator
             if training.deepspeed and accelerator is None:
-                raise ValueError(f"`{stage}.deepspeed` needs `resources.{stage}.accelerator`")
+                raise ValueError(
+                    f"`{stage}.deepspeed` needs GPUs: name a profile that has some (`--profile gke-a100`, `gke-h100`, "
+                    f"`on-prem`), or set `resources.{stage}.accelerator`"
+                )
             if accelerator and training.batch_size % (training.micro_batch_size * accelerator.count):
                 raise ValueError(
                     f"`{stage}.batch_size` ({training.batch_size}) must be a multiple of `{stage}.micro_batch_size` "
