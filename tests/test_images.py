@@ -18,7 +18,7 @@ OPTIONAL = {
     "train": {"vllm"},
 }
 # Imported where gs:// is named: a pod's stage reads what Kubeflow's launcher has copied.
-BUCKETS = {"google"}
+BUCKETS = {"google", "google_crc32c"}
 # Not installed beside the tests, so that its distribution's name cannot be looked up.
 ELSEWHERE = {"vllm": ["vllm"]}
 

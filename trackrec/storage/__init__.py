@@ -21,7 +21,17 @@ from trackrec.storage.publication import (
     work_root,
     write_atomic,
 )
-from trackrec.storage.remote import RemoteError, check_writable
+from trackrec.storage.remote import (
+    RemoteError,
+    check_writable,
+    dataset,
+    download,
+    is_remote,
+    localize,
+    published,
+    resolve,
+    upload,
+)
 
 __all__ = [
     "MANIFEST",
@@ -35,10 +45,17 @@ __all__ = [
     "check_writable",
     "code_version",
     "content_hash",
+    "dataset",
+    "download",
     "file_hash",
+    "is_remote",
+    "localize",
     "numbers",
     "publish",
+    "published",
     "read_manifest",
+    "resolve",
+    "upload",
     "verify",
     "work_root",
     "write_atomic",
