@@ -23,7 +23,7 @@ class Estimate:
     """Of all tasks of one stage together; hours are None where no speed is known for the pod (a stage on a CPU).
 
     `gpu_bytes` is what each GPU needs and `room_bytes` what the card gives (None: no known card). `disk_bytes` is of
-    one pod: the inputs that Kubeflow copies into it and what it writes. `work_bytes` lie in the work directory.
+    one pod: the inputs that Kubeflow copies into it and the `written_bytes`. `work_bytes` lie in the work directory.
     """
 
     work: Work
@@ -35,6 +35,7 @@ class Estimate:
     gpu_bytes: float | None = None
     room_bytes: float | None = None
     disk_bytes: float | None = None
+    written_bytes: float = 0.0
     work_bytes: float = 0.0
 
     @property
@@ -130,10 +131,12 @@ def _gpu(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> Est
     card = rates.card_of(resources.node_selector) if gpus else None
     section = getattr(config, stage.stage)
     settings = section.engine if hasattr(section, "engine") else section
-    disk, kept = _bytes(config, rates, shape, stage)
+    read, written, kept = _bytes(config, rates, shape, stage)
     needed = _gpu_bytes(config, rates, shape, stage.stage, gpus) if gpus else None
     if card is None:
-        return Estimate(stage, gpus, None, gpu_bytes=needed, disk_bytes=disk, work_bytes=kept)
+        return Estimate(
+            stage, gpus, None, gpu_bytes=needed, disk_bytes=read + written, written_bytes=written, work_bytes=kept
+        )
     speeds = {kind: speed(rates, shape, card, kind, settings) for kind in stage.tokens}
     # A training uses all GPUs of its pod; what samples, scores and encodes uses one, or its tensor-parallel group.
     parallel = 1.0
@@ -154,7 +157,8 @@ def _gpu(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> Est
         usd=wall * gpus * rates.cards[card].usd_per_hour,
         gpu_bytes=needed,
         room_bytes=room,
-        disk_bytes=disk,
+        disk_bytes=read + written,
+        written_bytes=written,
         work_bytes=kept,
     )
 
@@ -178,13 +182,13 @@ def _gpu_bytes(config: RunConfig, rates: Rates, shape: ModelShape, stage: str, g
     return memory.decoding(shape, section.engine, longest) + memory.CONTEXT
 
 
-def _bytes(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> tuple[float, float]:
-    """Of one pod: inputs and outputs on its disk, and what lies in the work directory."""
+def _bytes(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> tuple[float, float, float]:
+    """Of one pod: its inputs, what it writes, and what lies in the work directory."""
     texts = stage.tokens_out * memory.TEXT_BYTES / stage.tasks
     if stage.stage == "encode":
         vectors = stage.contexts / stage.tasks * rates.vector_width * 4
         read = stage.contexts / stage.tasks * rates.lengths.recot * memory.TEXT_BYTES
-        return _ENCODER_BYTES + read + vectors, 0.0
+        return _ENCODER_BYTES + read, vectors, 0.0
     base = memory.model_file(shape, None)
     # The generator is what sft_generator or sdpo wrote, the validator what rec_tune wrote.
     is_validators = stage.stage in ("score", "evaluate", "rec_tune")
@@ -192,11 +196,12 @@ def _bytes(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> t
     section = getattr(config, stage.stage)
     if isinstance(section, TrainingSettings):
         start = 0.0 if stage.stage == "sft_generator" else other
-        return base + start + memory.model_file(shape, section), memory.checkpoints(shape, section)
+        return base + start, memory.model_file(shape, section), memory.checkpoints(shape, section)
     if stage.stage in ("score", "evaluate"):
-        texts = stage.prompts / stage.tasks * rates.lengths.recot * memory.TEXT_BYTES
+        read = stage.prompts / stage.tasks * rates.lengths.recot * memory.TEXT_BYTES
+        return base + other + read, 0.0, 0.0  # numbers alone
     # The journal of what is finished is as large as the table.
-    return base + other + texts, texts
+    return base + other, texts, texts
 
 
 def _ingest(config: RunConfig, rates: Rates, sizes: Sizes) -> Estimate:

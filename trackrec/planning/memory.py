@@ -25,7 +25,7 @@ def element(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def training(shape: ModelShape, settings: TrainingSettings, gpus: int, row_tokens: int) -> float:
+def training(shape: ModelShape, settings: TrainingSettings, gpus: int, row_tokens: float) -> float:
     """Bytes on each GPU at the peak of a training step.
 
     Weights, gradients and optimiser under no, stage-2 or stage-3 ZeRO, all weights or LoRA; activations of a
@@ -57,7 +57,7 @@ def training(shape: ModelShape, settings: TrainingSettings, gpus: int, row_token
     return static + activations + _HEAD_POSITIONS * shape.vocabulary * 4 * _HEAD_COPIES
 
 
-def decoding(shape: ModelShape, settings: EngineSettings, longest: int) -> float:
+def decoding(shape: ModelShape, settings: EngineSettings, longest: float) -> float:
     """Bytes on each GPU for sampling or scoring.
 
     transformers: weights, keys and values of a batch, and one layer's work on it. vLLM: weights, keys and values of
