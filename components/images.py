@@ -16,6 +16,7 @@ import trackrec
 ROOT = Path(trackrec.__file__).parents[1]
 
 IMAGE_OF = {
+    "preflight": "data",
     "ingest": "data",
     "contexts": "data",
     "distill_data": "data",

@@ -62,10 +62,13 @@ def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") ->
     return task
 
 
-def imported(uri: PipelineParameterChannel, version: str, kind: type, title: str) -> dsl.Artifact:
-    """An artifact from outside the run; `version` (a content hash, say) makes a changed content a changed cache key."""
+def imported(uri: PipelineParameterChannel, version: str, kind: type, title: str, after: PipelineTask) -> dsl.Artifact:
+    """An artifact from outside the run; `version` (a content hash, say) makes a changed content a changed cache key.
+
+    What reads it waits for the task `after`, too.
+    """
     task = dsl.importer(artifact_uri=uri, artifact_class=kind, metadata={"version": version})
-    task.set_display_name(title)
+    task.set_display_name(title).after(after)
     return task.output
 
 

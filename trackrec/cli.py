@@ -6,10 +6,16 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 from pydantic import ValidationError
+from rich.console import Console
+from rich.markdown import Markdown
 
+from trackrec import config_file, planning
 from trackrec import fetch as fetching
 from trackrec.config import IngestSettings
 from trackrec.config_file import explain, parse
+
+# Columns below which the drawn table would wrap its figures.
+_PLAN_WIDTH = 170
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -59,6 +65,34 @@ def fetch(
             typer.echo(fetching.fetch(name))
         except fetching.FetchError as error:
             raise _failure(str(error)) from error
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option("--config", "-c", help="A run's YAML.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting. Repeatable.")
+    ] = None,
+    users: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Plan the production job for so many active users instead. Repeatable."),
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option(help="A YAML file with your own speeds, prices, data sizes and text lengths.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, whatever the terminal.")] = False,
+) -> None:
+    """Estimate tokens, GPU hours, cost, memory and disk of a run's stages, before any of it runs."""
+    try:
+        overrides = dict(config_file.parse_override(pair) for pair in set_ or [])
+        text = planning.report(config_file.load(config, overrides), planning.read(rates), users or [])
+    except config_file.ConfigError as error:
+        raise _failure(str(error)) from error
+    console = Console()
+    if markdown or not console.is_terminal or console.width < _PLAN_WIDTH:
+        typer.echo(text)
+    else:
+        console.print(Markdown(text))
 
 
 def _failure(message: str) -> typer.Exit:

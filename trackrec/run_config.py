@@ -2,7 +2,7 @@
 
 The field names of `RunConfig` are the stages' names. `trackrec.config_file` reads it; an unknown key, a wrong type
 or an impossible combination is refused with the key's path and what is allowed. No stage imports this module: what is
-asked of a pod is not part of what a stage computes.
+asked of a pod is not part of what a stage computes (`preflight`, which checks just that, does).
 """
 
 from typing import Annotated, Any, Literal, Self, get_args
@@ -134,6 +134,8 @@ class Resources(Settings):
 class StageResources(Settings):
     """Resources by stage; a stage left out gets the defaults of `Resources`."""
 
+    # Never retried nor cached, whatever is said here; a `work_claim` has its free space checked.
+    preflight: Resources = Resources(cpu="1", memory="2Gi", ephemeral_storage="1Gi", retries=0, cache=False)
     ingest: Resources = Resources()
     contexts: Resources = Resources()
     distill_data: Resources = Resources()
@@ -249,3 +251,15 @@ class RunConfig(Settings):
                 f"`{self.ingest.dataset}` likes from {liked_from:g} on; set `contexts.domain: generic`"
             )
         return self
+
+
+def secrets_of(config: RunConfig, *, loop: bool) -> dict[str, SecretKey]:
+    """The secrets of all stages' pods by environment variable; without the loop, of those that rank alone."""
+    ranking = ("encode", "train_ctr", "tabulate_ctr", "compare")
+    left_out = set() if config.loop.distillation else {"distill_data", "sft_generator"}
+    return {
+        secret.env: secret
+        for stage in type(config.resources).model_fields
+        if stage not in left_out and (loop or stage in ranking)
+        for secret in getattr(config.resources, stage).secrets
+    }
