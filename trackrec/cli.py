@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markdown import Markdown
 
-from trackrec import config_file, planning
+from trackrec import config_file, planning, storage
 from trackrec import fetch as fetching
 from trackrec.config import IngestSettings
 from trackrec.config_file import explain, parse
@@ -23,7 +23,9 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 @app.command()
 def ingest(
     dataset: Annotated[str, typer.Option(help="ml-100k, ml-1m, amazon-book or impressions.")],
-    raw: Annotated[Path, typer.Option(help="The raw file or folder, as its publisher ships it (docs/data.md).")],
+    raw: Annotated[
+        str, typer.Option(help="The raw file or folder, as its publisher ships it (docs/data.md); a path or gs://.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder for both tables: new, empty, or an earlier ingest's.")],
     log: Annotated[
         Path | None, typer.Option(help="For impressions: a YAML file with the column mapping (`ingest.log`).")
@@ -47,7 +49,7 @@ def ingest(
             except (OSError, ValueError, yaml.YAMLError) as error:
                 raise _failure(f"{log}: cannot be read as YAML: {error}") from error
         settings = IngestSettings.model_validate(given, strict=True)
-        stage.run(settings, raw=raw, interactions=out, items=out)
+        stage.run(settings, raw=fetching.here(raw), interactions=out, items=out)
     except ValidationError as error:
         raise _failure(explain(error, IngestSettings)) from error
     except (OSError, ValueError) as error:  # RawDataError and OccupiedError among them
@@ -93,6 +95,32 @@ def plan(
         typer.echo(text)
     else:
         console.print(Markdown(text))
+
+
+@app.command()
+def put(
+    directory: Annotated[Path, typer.Argument(help="A stage's output, a model, raw data.")],
+    uri: Annotated[str, typer.Argument(help="Where it is published: gs://BUCKET/PATH, or a folder.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Even if something else is published there.")] = False,
+) -> None:
+    """Publish a directory, whole or not at all, and print the URI that always names these files (docs/storage.md)."""
+    try:
+        typer.echo(storage.upload(directory, uri, replace=replace))
+    except (OSError, ValueError) as error:
+        raise _failure(str(error)) from error
+
+
+@app.command()
+def get(
+    uri: Annotated[str, typer.Argument(help="Where `trackrec put` published: gs://BUCKET/PATH, or a folder.")],
+    directory: Annotated[Path, typer.Argument(help="A new folder, or an empty one.")],
+) -> None:
+    """Bring a published directory here, whole or not at all."""
+    try:
+        storage.download(uri, directory)
+    except (OSError, ValueError) as error:
+        raise _failure(str(error)) from error
+    typer.echo(directory)
 
 
 def _failure(message: str) -> typer.Exit:

@@ -92,32 +92,49 @@ def _holds(directory: Path, files: Mapping[str, Content]) -> bool:
 
 
 def _fetch_part(source: Location, content: Content, part: range, target: Path, journal: Path) -> None:
-    from google.api_core.exceptions import NotFound
-
     line = f"{part.start}\n"
     if journal.is_file() and line in journal.read_text(encoding="ascii").splitlines(keepends=True):
         return
-    data = b""
-    if part:
-        with explained(source, "read"):
-            try:
-                # As it is stored, compressed or not: that is what the checksum is of. In one read: the client's own
-                # loop hands over 8 KiB at a time, which costs more than the network does.
-                data = source.blob().download_as_bytes(
-                    start=part.start, end=part.stop - 1, raw_download=True, single_shot_download=True, checksum=None
-                )
-            except NotFound as error:
-                raise CorruptError(f"{source} is missing") from error
-    if len(data) != len(part):
-        raise CorruptError(f"{source} has another size than {content.size} bytes; publish it again")
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT, 0o644)
+    file = _At(descriptor, part.start)
     try:
-        os.pwrite(descriptor, data, part.start)
+        if part:
+            _read(source, part, file)
     finally:
         os.close(descriptor)
-    with journal.open("a", encoding="ascii") as file:
-        file.write(line)
+    if file.offset != part.stop:
+        raise CorruptError(f"{source} has another size than {content.size} bytes; publish it again")
+    with journal.open("a", encoding="ascii") as done:
+        done.write(line)
+
+
+def _read(source: Location, part: range, file: "_At") -> None:
+    from google.api_core.exceptions import NotFound
+
+    with explained(source, "read"):
+        try:
+            # As it is stored, compressed or not: that is what the checksum is of. In one read: the client's own loop
+            # hands over 8 KiB at a time, which costs more than the network does.
+            source.blob().download_to_file(
+                file, start=part.start, end=part.stop - 1, raw_download=True, single_shot_download=True, checksum=None
+            )
+        except NotFound as error:
+            raise CorruptError(f"{source} is missing") from error
+
+
+class _At:
+    """Writes to a file from `offset` on, wherever other threads write to it."""
+
+    def __init__(self, descriptor: int, offset: int) -> None:
+        self.descriptor, self.offset = descriptor, offset
+
+    def write(self, data: bytes) -> int:
+        left = memoryview(data)
+        while left:
+            written = os.pwrite(self.descriptor, left, self.offset)
+            left, self.offset = left[written:], self.offset + written
+        return len(memoryview(data))
 
 
 def _check(source: Location, content: Content, path: Path, journal: Path) -> None:

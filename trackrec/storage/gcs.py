@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SCHEME = "gs://"
 # What one request moves: large enough that a request's own time does not count, small enough to hold one a thread.
-PART = 32 * 2**20
+PART = 16 * 2**20
 # Requests at once; the client keeps ten connections open.
 THREADS = 8
 
