@@ -71,13 +71,13 @@ def fetch(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Option("--config", "-c", help="A run's YAML.")],
+    configs: Annotated[list[Path], typer.Option("--config", "-c", help="A run's YAML. Repeatable.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting. Repeatable.")
     ] = None,
     users: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Plan the production job for so many active users instead. Repeatable."),
+        typer.Option(min=1, help="Also plan the production job for so many active users. Repeatable."),
     ] = None,
     rates: Annotated[
         Path | None, typer.Option(help="A YAML file with your own speeds, prices, data sizes and text lengths.")
@@ -87,7 +87,8 @@ def plan(
     """Estimate tokens, GPU hours, cost, memory and disk of a run's stages, before any of it runs."""
     try:
         overrides = dict(config_file.parse_override(pair) for pair in set_ or [])
-        text = planning.report(config_file.load(config, overrides), planning.read(rates), users or [])
+        loaded = [config_file.load(config, overrides) for config in configs]
+        text = planning.report(loaded, planning.read(rates), users or [])
     except config_file.ConfigError as error:
         raise _failure(str(error)) from error
     console = Console()

@@ -1,6 +1,7 @@
 """The plan's arithmetic, by hand; its tasks against the compiled pipeline; what the pages and the command say."""
 
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -222,3 +223,13 @@ def test_without_gpus_tokens_are_planned_and_hours_are_not() -> None:
     [row] = [line for line in output.splitlines() if line.startswith("| `sample`")]
     assert code == 0 and row.split(" | ")[4:] == ["5.6 K", "24.0 K", "–", "–", "–", "–", "–", "–", "0", "0 |"]
     assert "**all**" not in output
+
+
+def test_the_sizing_tables_are_what_the_command_prints() -> None:
+    """docs/cluster.md, between the command and the end mark."""
+    page = Path("docs/cluster.md").read_text(encoding="utf-8")
+    found = re.search(r"```bash\n(trackrec plan [^`]*)```\n\n<!-- printed -->\n(.*?)\n<!-- end -->", page, re.S)
+    assert found
+    command = shlex.split(found[1].replace("\\\n", " "))
+    done = CliRunner().invoke(app, command[1:])
+    assert done.exit_code == 0 and done.output == found[2] + "\n", "put in what the command prints now"

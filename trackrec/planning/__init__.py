@@ -3,25 +3,32 @@
 from collections.abc import Sequence
 
 from trackrec.planning import estimate, tables
+from trackrec.planning.estimate import Estimate
 from trackrec.planning.rates import Rates, read
 from trackrec.run_config import RunConfig
 
 __all__ = ["Rates", "read", "report"]
 
 
-def report(config: RunConfig, rates: Rates, users: Sequence[int]) -> str:
-    """The plan of a run, or of the production job for each number of `users`, as Markdown.
+def report(configs: Sequence[RunConfig], rates: Rates, users: Sequence[int]) -> str:
+    """The plan of each run, and of the first one's production job for each number of `users`, as Markdown.
 
     Raises:
         ConfigError: the data's size or the model's shape is not known; says what to give.
     """
-    shape, sizes = estimate.shape_of(config, rates), estimate.sizes_of(config, rates)
+    parts: list[str] = []
+    planned: list[Estimate] = []
+    for config in configs:
+        shape, sizes = estimate.shape_of(config, rates), estimate.sizes_of(config, rates)
+        run = estimate.of_run(config, rates, shape, sizes)
+        parts += [f"`{config.name}`:", tables.of_run(run)]
+        if faults := list(estimate.faults(config, run)):
+            parts.append("\n".join(f"- does not fit: {line}" for line in faults))
+        planned += run
     if users:
-        jobs = [(count, estimate.nightly(config, rates, shape, count)) for count in users]
-        text, estimates = tables.of_users(rates, jobs), list(jobs[0][1])
-    else:
-        estimates = estimate.of_run(config, rates, shape, sizes)
-        text = tables.of_run(estimates)
-    cards = [one.card for one in estimates if one.card]
-    faults = "".join(f"\n- does not fit: {line}" for line in estimate.faults(config, estimates))
-    return f"{text}\n\n{tables.sources(rates, cards, config.ingest.dataset)}{faults}"
+        shape = estimate.shape_of(configs[0], rates)
+        jobs = [(count, estimate.nightly(configs[0], rates, shape, count)) for count in users]
+        parts += [f"One RecCoT and one vector for each active user, `{configs[0].name}`:", tables.of_users(rates, jobs)]
+    cards = {one.card for one in planned if one.card}
+    datasets = [config.ingest.dataset for config in configs]
+    return "\n\n".join([*parts, "These rest on", tables.sources(rates, cards, datasets)])

@@ -1,6 +1,6 @@
 """The plan as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from trackrec.planning.estimate import Estimate
 from trackrec.planning.memory import GIB
@@ -60,10 +60,12 @@ def of_users(rates: Rates, by_users: Sequence[tuple[int, Sequence[Estimate]]]) -
     return _table(head, rows)
 
 
-def sources(rates: Rates, cards: Sequence[str], dataset: str) -> str:
+def sources(rates: Rates, cards: Collection[str], datasets: Sequence[str]) -> str:
     """What the numbers rest on, as a list."""
-    sizes = rates.datasets[dataset]
-    lines = ["- speeds on one H100 80GB, of a model of 7.6 billion parameters (encode: of a BERT base):"]
+    lines = [
+        "- speeds on one H100 80GB, of a model of 7.6 billion parameters (encode: of a BERT base); another model's by "
+        "its parameters, another card's by its TFLOP/s, and of what is written by its TB/s:"
+    ]
     lines += [
         f"  - {name.replace('_', ' ')}: {speed['tokens_per_second']:,.0f} tokens/s – {speed['source']}"
         for name, speed in rates.speeds.model_dump().items()
@@ -74,11 +76,15 @@ def sources(rates: Rates, cards: Sequence[str], dataset: str) -> str:
         for name, card in rates.cards.items()
         if name in cards
     ]
+    for dataset in dict.fromkeys(datasets):
+        sizes = rates.datasets[dataset]
+        lines.append(
+            f"- {dataset}: {sizes.contexts.all:,} contexts and {sizes.examples.all:,} examples – {sizes.source}"
+        )
     lengths = rates.lengths
     lines += [
-        f"- {dataset}: {sizes.contexts.all:,} contexts and {sizes.examples.all:,} examples – {sizes.source}",
-        f"- tokens: G's prompt {lengths.prompt}, V's {lengths.history + lengths.target + lengths.closing} and the "
-        f"RecCoT, a RecCoT {lengths.recot} – {lengths.source}",
+        f"- tokens: G's prompt {lengths.prompt:g}, V's {lengths.history + lengths.target + lengths.closing:g} and the "
+        f"RecCoT, a RecCoT {lengths.recot:g} – {lengths.source}",
         f"- assumed: {rates.start_seconds:g} s to start a pod, {rates.zero_efficiency:g} of the speed left under ZeRO, "
         f"{rates.ctr_epochs:g} epochs of a ranking model, {rates.usd_per_core_hour:g} USD a core and hour",
     ]
