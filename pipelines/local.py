@@ -16,13 +16,14 @@ import os
 import platform
 import re
 import time
+from collections.abc import Set
 from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import json_format
-from kfp import compiler, components, dsl, local
+from kfp import compiler, components, local
 from kfp.dsl.graph_component import GraphComponent
 from kfp.local import pipeline_orchestrator
 from kfp.pipeline_spec.pipeline_spec_pb2 import ParameterType, PipelineSpec, PipelineTaskSpec
@@ -142,10 +143,16 @@ def execute(
                 f"The whole log is {folder / LOG}. Its last lines:\n{progress.tail()}\n"
                 "Mend the cause and run the same command again: what has finished is not run twice."
             ) from error
+    artifacts = {
+        key: Artifact(uri=value.uri, kind=value.schema_title, metadata=dict(value.metadata))
+        for key, value in outputs.items()
+    }
+    written = root / "artifacts" / run
+    ran = {key.split("/", 1)[0] for key, value in artifacts.items() if Path(value.uri).is_relative_to(written)}
     record = RunRecord(
         run=run,
         seconds=round(time.monotonic() - started, 1),
-        tasks=_record(spec, outputs, arguments, root / "artifacts" / run),
+        tasks=recorded(spec, artifacts, arguments, cached=spec.root.dag.tasks.keys() - ran),
     )
     storage.write_atomic(folder / RECORD, record.model_dump_json(indent=2).encode())
     return record
@@ -183,13 +190,16 @@ def _expose_outputs(spec: PipelineSpec) -> None:
             selector.output_artifact_key = output
 
 
-def _record(
-    spec: PipelineSpec, outputs: dict[str, dsl.Artifact], arguments: dict[str, Any], written: Path
+def recorded(
+    spec: PipelineSpec, artifacts: dict[str, Artifact], arguments: dict[str, Any], *, cached: Set[str]
 ) -> dict[str, TaskRecord]:
-    artifacts = {
-        key: Artifact(uri=value.uri, kind=value.schema_title, metadata=dict(value.metadata))
-        for key, value in outputs.items()
-    }
+    """The record of each task whose inputs exist, in the order of the work.
+
+    Args:
+        artifacts: what was written, by "task/output".
+        arguments: the pipeline's parameters.
+        cached: the tasks that did not run.
+    """
     tasks = {}
     # The IR's tasks come in no order; a reader follows them from what they read to what they write.
     upstream = {name: sorted(task.dependent_tasks) for name, task in sorted(spec.root.dag.tasks.items())}
@@ -197,18 +207,19 @@ def _record(
         task = spec.root.dag.tasks[name]
         executor = spec.components[task.component_ref.name].executor_label
         own = {key.split("/", 1)[1]: value for key, value in artifacts.items() if key.split("/", 1)[0] == name}
+        inputs = {
+            key: f"{source.task_output_artifact.producer_task}/{source.task_output_artifact.output_artifact_key}"
+            for key, source in task.inputs.artifacts.items()
+        }
+        if not artifacts.keys() >= set(inputs.values()):
+            continue
         is_importer = "importer" in spec.deployment_spec["executors"][executor]
         tasks[name] = TaskRecord(
             title=task.task_info.name or name,
             stage="" if is_importer else executor.removeprefix("exec-").rstrip("-0123456789").replace("-", "_"),
-            cached=not is_importer and not any(Path(a.uri).is_relative_to(written) for a in own.values()),
+            cached=not is_importer and name in cached,
             parameters=_parameters(spec, task, arguments),
-            inputs={
-                key: artifacts[
-                    f"{source.task_output_artifact.producer_task}/{source.task_output_artifact.output_artifact_key}"
-                ]
-                for key, source in task.inputs.artifacts.items()
-            },
+            inputs={key: artifacts[source] for key, source in inputs.items()},
             outputs=own,
         )
     return tasks

@@ -1,11 +1,15 @@
 """One stage as a pipeline of its own, its inputs imported from an earlier run."""
 
+from pathlib import Path
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl.graph_component import GraphComponent
 
 from components import stages
 from pipelines.local import RunRecord, TaskRecord
 from pipelines.placement import place, values
+from trackrec import config_file
 from trackrec.run_config import RunConfig
 
 _KINDS = {kind.schema_title: kind for kind in (dsl.Dataset, dsl.Model, dsl.Metrics)}
@@ -25,6 +29,20 @@ def find(record: RunRecord, name: str) -> TaskRecord:
     if matches:
         raise LookupError(f"run {record.run} has several tasks of the stage {name!r}; name one: {titles}")
     raise LookupError(f"run {record.run} has no stage or task {name!r}; it has: {titles}")
+
+
+def configured(task: TaskRecord, path: Path, overrides: dict[str, Any]) -> RunConfig:
+    """The config at `path`, a run's own, under `overrides` of this task's settings.
+
+    Raises:
+        ConfigError: an override is of another stage's settings, or breaks a rule.
+    """
+    keys = {"settings": task.stage, "seed": "seed"}
+    own = [key for parameter, key in keys.items() if parameter in task.parameters] + [f"resources.{task.stage}"]
+    for key in overrides:
+        if not any(f"{key}.".startswith(f"{section}.") for section in own):
+            raise config_file.ConfigError(f"{key}: not a setting of {task.title}; allowed here: {', '.join(own)}")
+    return config_file.load(path, overrides)
 
 
 def build(config: RunConfig, task: TaskRecord) -> GraphComponent:

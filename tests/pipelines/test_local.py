@@ -321,7 +321,7 @@ def test_one_stage_again(quick: tuple[Path, tuple[str, ...]]) -> None:
     root, settings = quick
     trackrec(root, "run", "--config", QUICKSTART, settings=settings)
     run = newest(root)
-    done = trackrec(root, "stage", "sample 1", "--run", run.run, settings=("sample.n=3",))
+    done = trackrec(root, "stage", "sample 1", "--run-id", run.run, settings=("sample.n=3",))
     assert done.returncode == 0, done.stdout + done.stderr
     (task,) = [task for task in newest(root).tasks.values() if task.stage]
     assert task.title == "sample 1"
@@ -332,7 +332,7 @@ def test_one_stage_again(quick: tuple[Path, tuple[str, ...]]) -> None:
 
     done = trackrec(root, "report", "--run", newest(root).run)
     assert done.returncode == 1 and "is of one stage and has no report" in done.stderr
-    done = trackrec(root, "stage", "sample 1", "--run", run.run, settings=("sdpo.beta=9",))
+    done = trackrec(root, "stage", "sample 1", "--run-id", run.run, settings=("sdpo.beta=9",))
     assert (
         done.returncode == 1
         and "sdpo.beta: not a setting of sample 1; allowed here: sample, seed, resources.sample" in done.stderr
@@ -373,7 +373,7 @@ def test_a_failing_stage_fails_the_run_with_its_reason(quick: tuple[Path, tuple[
         (("run", "--config", QUICKSTART, "--set", "raw_data=package:ml-9"), "ml-100k"),
         (("run", "--config", QUICKSTART, "--pipeline", "ablations", "--set", "loop.iterations=1"), "of 2 or more"),
         (("run", "--config", QUICKSTART, "--set", "ranking.controls_of=[xdeepfm]"), "ranking.controls_of"),
-        (("stage", "sample", "--run", "no-such-run"), "no finished run 'no-such-run'"),
+        (("stage", "sample", "--run-id", "no-such-run"), "no finished run 'no-such-run'"),
     ],
 )
 def test_what_the_user_can_mend_is_one_message(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
