@@ -37,11 +37,12 @@ def readme(stage: str, component: PythonComponent) -> str:
     lines += ["", "## Outputs", "", "| name | type | what it is |", "| --- | --- | --- |"]
     for name, output in (page.outputs or {}).items():
         lines.append(f"| `{name}` | {_type(output.type)} | {meaning[name]} |")
-    section = RunConfig.model_fields.get(stage)
-    if section is not None:
-        lines += ["", f"## Settings (`{stage}:` in a config)", "", "| key | type | default |", "| --- | --- | --- |"]
-        [own] = _section_classes(section.annotation)
-        lines += _settings(own)
+    for name in (stage, *(["data"] if "data" in page.inputs else [])):
+        section = RunConfig.model_fields.get(name)
+        if section is not None:
+            lines += ["", f"## Settings (`{name}:` in a config)", "", "| key | type | default |", "| --- | --- | --- |"]
+            [own] = _section_classes(section.annotation)
+            lines += _settings(own)
     return "\n".join(lines) + "\n"
 
 

@@ -35,7 +35,7 @@ def build(config: RunConfig) -> GraphComponent:
     ) -> None:
         checked = preflighted(config, raw_data=raw_data, base_model=base_model, encoder=encoder)
         base = imported(base_model, base_model_version, dsl.Model, "base model", checked)
-        tables = prepared(config, imported(raw_data, raw_data_version, dsl.Dataset, "raw data", checked))
+        tables = prepared(config, raw_data, raw_data_version, checked)
 
         full = Loop(config, base, tables, train_texts_of_first_generator=True)
         turns = full.alternate(full.distilled())

@@ -149,7 +149,7 @@ def local_inputs(loaded: RunConfig, keys: Sequence[str]) -> dict[str, Any]:
     arguments = {}
     for key in keys:
         uri: str | None = getattr(loaded, key)
-        if uri is None:
+        if uri is None or (key == "raw_data" and loaded.engine_reads_raw):
             continue
         if uri.startswith("package:"):
             path = fetched(key, uri.removeprefix("package:"))

@@ -2,14 +2,14 @@
 
 from typing import NamedTuple
 
-from kfp import kubernetes
-from kfp.dsl.pipeline_channel import PipelineArtifactChannel
+from kfp import dsl, kubernetes
+from kfp.dsl.pipeline_channel import PipelineArtifactChannel, PipelineParameterChannel
 from kfp.dsl.pipeline_task import PipelineTask
 
 from components.contexts.component import contexts
 from components.ingest.component import ingest
 from components.preflight.component import preflight
-from pipelines.placement import place, values
+from pipelines.placement import imported, place, values
 from trackrec.run_config import RunConfig, secrets_of
 
 
@@ -41,12 +41,21 @@ def preflighted(config: RunConfig, *, encoder: str, raw_data: str = "", base_mod
     return task
 
 
-def prepared(config: RunConfig, raw: PipelineArtifactChannel) -> Tables:
+def prepared(
+    config: RunConfig, raw_data: PipelineParameterChannel, version: PipelineParameterChannel, checked: PipelineTask
+) -> Tables:
     """Raw data to interactions, and their histories to contexts and examples (paper 4.1.1)."""
-    ingested = place(ingest(settings=values(config.ingest), raw=raw), "ingest", config).outputs
+    sections = {"settings": values(config.ingest), "data": values(config.data)}
+    if config.engine_reads_raw:
+        # No artifact: Kubeflow would copy it into the pod.
+        task = ingest(**sections, raw_uri=raw_data, raw_version=version).after(checked)
+    else:
+        task = ingest(**sections, raw=imported(raw_data, version, dsl.Dataset, "raw data", checked))
+    ingested = place(task, "ingest", config).outputs
     judged = place(
         contexts(
             settings=values(config.contexts),
+            data=values(config.data),
             seed=config.seed,
             interactions=ingested["interactions"],
             items=ingested["items"],

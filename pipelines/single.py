@@ -51,6 +51,8 @@ def build(config: RunConfig, task: TaskRecord) -> GraphComponent:
     parameters = dict(task.parameters)
     if "settings" in parameters:
         parameters["settings"] = values(getattr(config, stage))
+    if "data" in parameters:
+        parameters["data"] = values(config.data)
     if "seed" in parameters:
         parameters["seed"] = config.seed
 

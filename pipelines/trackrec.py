@@ -27,7 +27,7 @@ def build(config: RunConfig) -> GraphComponent:
     ) -> None:
         checked = preflighted(config, raw_data=raw_data, base_model=base_model, encoder=encoder)
         base = imported(base_model, base_model_version, dsl.Model, "base model", checked)
-        tables = prepared(config, imported(raw_data, raw_data_version, dsl.Dataset, "raw data", checked))
+        tables = prepared(config, raw_data, raw_data_version, checked)
         loop, last = Loop(config, base, tables), config.loop.iterations
 
         # Initialize: generator G, by distillation (3.5), and validator V, the instruct model itself.

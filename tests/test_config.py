@@ -27,6 +27,7 @@ MINIMAL = {
     "contexts": {"domain": "movies"},
     "distill_data": {"teacher": {"kind": "recorded"}},
 }
+BIGQUERY = {"engine": "bigquery", "bigquery": {"project": "p", "dataset": "d"}}
 
 
 def shipped(path: Path) -> RunConfig:
@@ -38,6 +39,10 @@ def written(tmp_path: Path, **changes: object) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
     return path
+
+
+def spark(**settings: object) -> dict[str, object]:
+    return {"data": {"engine": "spark", "spark": settings}}
 
 
 def impressions(domain: str, **log: object) -> dict[str, object]:
@@ -115,14 +120,22 @@ def test_the_papers_settings() -> None:
         ({"sdpo": {"holdout": 1.0}}, r"sdpo\.holdout: .*less than 1 \(got 1\.0\)"),
         ({"preferences": {"tolerance": 1.5}}, r"preferences\.tolerance: .*less than 1 \(got 1\.5\)"),
         ({"score": {"engine": {"kind": "vllm", "max_model_len": 16}}}, r"engine\.max_model_len: .*64 \(got 16\)"),
-        ({"contexts": {"domain": "movies", "memory_limit": "500m"}}, r"contexts\.memory_limit: .*\(got '500m'\)"),
-        ({"ingest": {"dataset": "ml-1m", "memory_limit": "0Gi"}}, r"ingest\.memory_limit: .*\(got '0Gi'\)"),
+        ({"data": {"memory_limit": "500m"}}, r"data\.memory_limit: .*\(got '500m'\)"),
+        ({"data": {"memory_limit": "0Gi"}}, r"data\.memory_limit: .*\(got '0Gi'\)"),
         ({"resources": {"sample": {"memory": "500m"}}}, r"resources\.sample\.memory: .*\(got '500m'\)"),
         ({"resources": {"sample": {"cpu": "32Gi"}}}, r"resources\.sample\.cpu: .*\(got '32Gi'\)"),
         ({"resources": {"sample": {"shm": "0.5"}}}, r"resources\.sample\.shm: .*\(got '0\.5'\)"),
         ({"raw_data": ""}, r"raw_data: .*at least 1 character"),
         ({"base_model": ""}, r"base_model: .*at least 1 character"),
         # Settings that do not go together.
+        (spark(remote="sc://host", application={}, scratch="gs://b"), r"data\.spark: `remote` names .*one of them"),
+        (spark(remote="sc://host"), r"data\.spark: `scratch`, a folder that both see, goes with `remote`"),
+        (spark(scratch="gs://b"), r"data\.spark: `scratch`, a folder that both see, goes with `remote`"),
+        (spark(remote="sc://host/;token=abc", scratch="gs://b"), r"data\.spark\.remote: .*SPARK_CONNECT_TOKEN"),
+        ({"data": {"spark": {"remote": "sc://host", "scratch": "/x"}}}, r"data: `spark` goes with `engine: spark`"),
+        ({"data": {"engine": "bigquery"}}, r"data: `bigquery` goes with `engine: bigquery`"),
+        ({"raw_data": "bq://p.d"}, r"`raw_data` is in BigQuery; set `data\.engine: bigquery`"),
+        ({"raw_data": "bq://p.d", "data": BIGQUERY}, r"goes with `dataset: impressions`, not 'ml-1m'"),
         ({"sample": {"engine": {"max_model_len": 4096}}}, r"sample\.engine: `max_model_len` is vLLM's;.*`kind: vllm`"),
         ({"score": {"engine": {"gpu_memory_utilization": 0.5}}}, r"score\.engine: `gpu_memory_utilization` is vLLM's"),
         ({"score": {"engine": {"tensor_parallel_size": 2}}}, r"score\.engine: `tensor_parallel_size` is vLLM's"),

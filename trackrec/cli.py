@@ -11,7 +11,7 @@ from rich.markdown import Markdown
 
 from trackrec import config_file, planning, storage
 from trackrec import fetch as fetching
-from trackrec.config import IngestSettings
+from trackrec.config import DataSettings, IngestSettings
 from trackrec.config_file import explain, parse
 
 # Columns below which the drawn table would wrap its figures.
@@ -30,7 +30,7 @@ def ingest(
     log: Annotated[
         Path | None, typer.Option(help="For impressions: a YAML file with the column mapping (`ingest.log`).")
     ] = None,
-    engine: Annotated[str, typer.Option(help="duckdb or spark.")] = "duckdb",
+    engine: Annotated[str, typer.Option(help="duckdb, or spark: in this process.")] = "duckdb",
     memory_limit: Annotated[str, typer.Option(help="What the engine may hold in memory before it spills.")] = "8Gi",
 ) -> None:
     """Turn a dataset's raw files into interactions and items."""
@@ -41,17 +41,19 @@ def ingest(
         raise _failure(
             "--log FILE, the column mapping, goes with --dataset impressions, and only with it (docs/data.md)"
         )
-    given: dict[str, Any] = {"dataset": dataset, "engine": engine, "memory_limit": memory_limit}
+    given: dict[str, Any] = {"dataset": dataset}
     try:
+        data = DataSettings.model_validate({"engine": engine, "memory_limit": memory_limit}, strict=True)
         if log is not None:
             try:
                 given["log"] = parse(log.read_text(encoding="utf-8"))
             except (OSError, ValueError, yaml.YAMLError) as error:
                 raise _failure(f"{log}: cannot be read as YAML: {error}") from error
         settings = IngestSettings.model_validate(given, strict=True)
-        stage.run(settings, raw=fetching.here(raw), interactions=out, items=out)
+        stage.run(settings, data, raw=fetching.here(raw), interactions=out, items=out)
     except ValidationError as error:
-        raise _failure(explain(error, IngestSettings)) from error
+        section = DataSettings if error.title == DataSettings.__name__ else IngestSettings
+        raise _failure(explain(error, section)) from error
     except (OSError, ValueError) as error:  # RawDataError and OccupiedError among them
         raise _failure(str(error)) from error
     typer.echo(f"wrote {out / 'interactions.parquet'} and {out / 'items.parquet'}")

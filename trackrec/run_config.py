@@ -13,6 +13,7 @@ from trackrec.config import (
     Backbone,
     ContextsSettings,
     Count,
+    DataSettings,
     DecodingSettings,
     DistillDataSettings,
     Domain,
@@ -180,6 +181,8 @@ class RunConfig(Settings):
     loop: LoopSettings = LoopSettings()
     # Left out: the run ends with V's evaluations.
     ranking: RankingSettings | None = None
+    # Of `ingest` and `contexts`.
+    data: DataSettings = DataSettings()
     ingest: IngestSettings
     contexts: ContextsSettings
     distill_data: DistillDataSettings | None = None
@@ -231,6 +234,19 @@ class RunConfig(Settings):
         if self.loop.distillation and self.sdpo.lora is not None and self.sdpo.lora != self.sft_generator.lora:
             raise ValueError("`sdpo.lora` goes on with the adapter of `sft_generator`; give both the same `lora`")
         return self
+
+    @model_validator(mode="after")
+    def _raw_data_can_be_read(self) -> Self:
+        if self.raw_data.startswith("bq://") and self.data.engine != "bigquery":
+            raise ValueError("`raw_data` is in BigQuery; set `data.engine: bigquery`")
+        if self.raw_data.startswith("bq://") and self.ingest.dataset != "impressions":
+            raise ValueError(f"`raw_data` in BigQuery goes with `dataset: impressions`, not {self.ingest.dataset!r}")
+        return self
+
+    @property
+    def engine_reads_raw(self) -> bool:
+        """Whether `raw_data` stays where it is: the engine of `data` reads a log there itself."""
+        return self.ingest.dataset == "impressions" and self.data.reads(self.raw_data)
 
     @model_validator(mode="after")
     def _prompts_tell_what_is_liked(self) -> Self:

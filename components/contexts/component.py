@@ -9,6 +9,7 @@ from components import images
 @dsl.component(base_image=images.released("contexts"), install_kfp_package=False)
 def contexts(
     settings: dict,
+    data: dict,
     seed: int,
     interactions: Input[Dataset],
     items: Input[Dataset],
@@ -21,6 +22,7 @@ def contexts(
 
     Args:
         settings: `trackrec.config.ContextsSettings`.
+        data: `trackrec.config.DataSettings`.
         seed: The run's seed.
         interactions: Table `interactions`.
         items: Table `items`.
@@ -34,6 +36,7 @@ def contexts(
 
     stage.run(
         config.ContextsSettings.model_validate(settings),
+        config.DataSettings.model_validate(data),
         seed=seed,
         interactions=Path(interactions.path),
         items=Path(items.path),

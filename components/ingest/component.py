@@ -9,9 +9,12 @@ from components import images
 @dsl.component(base_image=images.released("ingest"), install_kfp_package=False)
 def ingest(
     settings: dict,
-    raw: Input[Dataset],
+    data: dict,
     interactions: Output[Dataset],
     items: Output[Dataset],
+    raw: Input[Dataset] = None,
+    raw_uri: str = "",
+    raw_version: str = "",
 ) -> None:
     """Turns raw files into interactions (split, label, rating, time, history) and items.
 
@@ -20,9 +23,12 @@ def ingest(
 
     Args:
         settings: `trackrec.config.IngestSettings`.
-        raw: The raw file or folder.
+        data: `trackrec.config.DataSettings`.
         interactions: Table `interactions`.
         items: Table `items`.
+        raw: The raw file or folder, or else:
+        raw_uri: Where the engine itself reads a log.
+        raw_version: What lies there, by any name: a new one runs the stage anew.
     """
     from pathlib import Path
 
@@ -31,7 +37,9 @@ def ingest(
 
     stage.run(
         config.IngestSettings.model_validate(settings),
-        raw=Path(raw.path),
+        config.DataSettings.model_validate(data),
+        raw=Path(raw.path) if raw else raw_uri,
+        raw_version=raw_version,
         interactions=Path(interactions.path),
         items=Path(items.path),
     )

@@ -104,6 +104,9 @@ TABLES: dict[str, pa.Schema] = {
     "ranked": pa.schema([("row_id", pa.int64()), ("seed", pa.int32()), ("score", pa.float64())]),
 }
 
+# What the rows of a data stage's table are ordered by.
+ORDER = {"interactions": ["row_id"], "items": ["item_id"], "contexts": ["as_of", "context_id"], "examples": ["row_id"]}
+
 
 class SchemaError(ValueError):
     """A table that lacks a column or has it in another type; the message names file, column and both types."""
