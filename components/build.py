@@ -33,7 +33,8 @@ def readme(stage: str, component: PythonComponent) -> str:
     lines += ["", "## Inputs", "", "| name | type | default | what it is |", "| --- | --- | --- | --- |"]
     for name, field in page.inputs.items():
         default = f"`{field.default!r}`" if field.optional else ""
-        lines.append(f"| `{name}` | {_type(field.type)} | {default} | {meaning[name]} |")
+        kind = f"list of {_type(field.type)}" if field.is_artifact_list else _type(field.type)
+        lines.append(f"| `{name}` | {kind} | {default} | {meaning[name]} |")
     lines += ["", "## Outputs", "", "| name | type | what it is |", "| --- | --- | --- |"]
     for name, output in (page.outputs or {}).items():
         lines.append(f"| `{name}` | {_type(output.type)} | {meaning[name]} |")

@@ -26,6 +26,7 @@ IMAGE_OF = {
     "preferences": "data",
     "sdpo": "train",
     "generate": "generate",
+    "gather": "data",
     "rec_tune": "train",
     "evaluate": "generate",
     "tabulate": "data",

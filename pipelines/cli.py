@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from components import stages
-from pipelines import cluster_cli, explaining, ir, local, single
+from pipelines import cluster_cli, explaining, ir, local, recording, single
 from pipelines.client import ClusterError
 from pipelines.options import ConfigOption, PipelineOption, ProfileOption, SetOption, built, overrides
 from trackrec import config_file, fetch, storage
@@ -160,7 +160,7 @@ def local_inputs(loaded: RunConfig, keys: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
-def tables_of(record: local.RunRecord, texts: str | None, iteration: int) -> dict[str, str]:
+def tables_of(record: recording.RunRecord, texts: str | None, iteration: int) -> dict[str, str]:
     """A finished run's tables and RecCoTs, as the parameters of `pipelines/backbones.py`.
 
     Args:
@@ -191,7 +191,7 @@ def fetched(key: str, name: str) -> Path:
     return fetch.fetch(name)
 
 
-def show(record: local.RunRecord, root: Path) -> None:
+def show(record: recording.RunRecord, root: Path) -> None:
     """Where everything lies, then the run's tables: what was asked for stays in sight."""
     made = list(record.of_stage("compare").values())
     if not made:

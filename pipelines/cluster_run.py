@@ -11,7 +11,7 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
 from pipelines import metadata_store
 from pipelines.client import Cluster
-from pipelines.local import Artifact, RunRecord, recorded
+from pipelines.recording import Artifact, RunRecord, recorded
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 # A task that is several pods, by shard or attempt, is in the first of these states that one of them is in.

@@ -1,14 +1,16 @@
 """One stage as a pipeline of its own, its inputs imported from an earlier run."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kfp import dsl
 from kfp.dsl.graph_component import GraphComponent
 
 from components import stages
-from pipelines.local import RunRecord, TaskRecord
 from pipelines.placement import place, values
+from pipelines.recording import RunRecord, TaskRecord
+from pipelines.sharding import TABLE_OF, Sharded, written
 from trackrec import config_file
 from trackrec.run_config import RunConfig
 
@@ -64,6 +66,10 @@ def build(config: RunConfig, task: TaskRecord) -> GraphComponent:
                 artifact_uri=artifact.uri, artifact_class=_KINDS[artifact.kind], metadata=artifact.metadata or None
             )
             inputs[name] = importer.set_display_name(f"input {name}").output
-        place(stages.load(stage)(**parameters, **inputs), stage, config, task.title)
+        called = partial(stages.load(stage), **parameters, **inputs)
+        if stage in TABLE_OF:
+            written(cast(Sharded, stage), config, task.title, called)
+        else:
+            place(called(), stage, config, task.title)
 
     return one_stage

@@ -132,6 +132,12 @@ class Resources(Settings):
     cache: bool = True
 
 
+class ShardedResources(Resources):
+    """What each of a stage's pods asks for, and how many pods share its contexts."""
+
+    shards: Positive = 1
+
+
 class StageResources(Settings):
     """Resources by stage; a stage left out gets the defaults of `Resources`."""
 
@@ -141,15 +147,16 @@ class StageResources(Settings):
     contexts: Resources = Resources()
     distill_data: Resources = Resources()
     sft_generator: Resources = Resources()
-    sample: Resources = Resources()
-    score: Resources = Resources()
+    sample: ShardedResources = ShardedResources()
+    score: ShardedResources = ShardedResources()
     preferences: Resources = Resources()
     sdpo: Resources = Resources()
-    generate: Resources = Resources()
+    generate: ShardedResources = ShardedResources()
+    gather: Resources = Resources()
     rec_tune: Resources = Resources()
     evaluate: Resources = Resources()
     tabulate: Resources = Resources()
-    encode: Resources = Resources()
+    encode: ShardedResources = ShardedResources()
     train_ctr: Resources = Resources()
     tabulate_ctr: Resources = Resources()
     compare: Resources = Resources()
@@ -217,6 +224,15 @@ class RunConfig(Settings):
                 raise ValueError(
                     f"`{stage}.engine.tensor_parallel_size` is {engine.tensor_parallel_size}, but "
                     f"`resources.{stage}.accelerator.count` gives {gpus} GPUs"
+                )
+        for stage in ("sample", "score", "generate", "encode"):
+            pod: ShardedResources = getattr(self.resources, stage)
+            used = 1 if stage == "encode" else getattr(self, stage).engine.tensor_parallel_size
+            if pod.shards > 1 and pod.accelerator and pod.accelerator.count > used:
+                raise ValueError(
+                    f"`resources.{stage}`: {pod.shards} shards × {pod.accelerator.count} GPUs are "
+                    f"{pod.shards * pod.accelerator.count}, and a shard works on {used} of its own; set "
+                    f"`accelerator.count: {used}`"
                 )
         for stage in ("sft_generator", "sdpo", "rec_tune"):
             training: TrainingSettings = getattr(self, stage)
