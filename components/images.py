@@ -36,6 +36,9 @@ IMAGE_OF = {
     "compare": "rank",
 }
 
+# Beside the library an image holds these modules of `components`, which its stages' components import.
+OF_COMPONENTS = {"train": ("__init__.py", "nodes.py", "podlogs.py", "trainjob.py")}
+
 
 def released(stage: str) -> str:
     """The image that a component on its own names: the release's."""
@@ -59,9 +62,11 @@ def source_hash(stage: str) -> str:
 
 def sources(stage: str) -> list[Path]:
     """The files behind `source_hash`, sorted."""
-    module = f"trackrec.stages.{stage}"
-    found: set[Path] = set()
-    for name in _imports().find_upstream_modules(module) | {module}:
+    image = IMAGE_OF[stage]
+    modules = {f"trackrec.stages.{stage}"} | ({"trackrec.stages.node"} if image == "train" else set())
+    found = {ROOT / "components" / name for name in OF_COMPONENTS.get(image, ())}
+    upstream = (_imports().find_upstream_modules(module) for module in modules)
+    for name in modules.union(*upstream):
         *packages, own = (ROOT / Path(*name.split(".")[: depth + 1]) for depth in range(name.count(".") + 1))
         if own.is_dir():
             packages.append(own)
@@ -70,7 +75,6 @@ def sources(stage: str) -> list[Path]:
         for package in packages:
             found.add(package / "__init__.py")
             found.update(_data_files(package))
-    image = IMAGE_OF[stage]
     found.update(
         p for p in (ROOT / "images" / image / "Dockerfile", ROOT / "requirements" / f"{image}.txt") if p.is_file()
     )

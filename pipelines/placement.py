@@ -1,10 +1,12 @@
 """Where a task runs: its image and what its pod asks for, from the config; and how settings and artifacts reach it."""
 
+import dataclasses
+
 from kfp import dsl, kubernetes
 from kfp.dsl.pipeline_channel import PipelineArtifactChannel, PipelineParameterChannel
 from kfp.dsl.pipeline_task import PipelineTask
 
-from components import images
+from components import images, nodes
 from trackrec.config import Settings
 from trackrec.run_config import Resources, RunConfig
 
@@ -18,6 +20,15 @@ STAGE_LABEL = "trackrec/stage"
 # kfp-kubernetes 2.17 has no priority class: manifests/components/priority makes one of this label.
 PRIORITY_LABEL = "trackrec/priority-class"
 RETRY_BACKOFF = "30s"
+# What a task on several nodes hands to them. Of its own pod, which only watches, it keeps what all share.
+_HANDED_OVER = [
+    dsl.TaskConfigPassthrough(dsl.TaskConfigField.RESOURCES),
+    dsl.TaskConfigPassthrough(dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR),
+    dsl.TaskConfigPassthrough(dsl.TaskConfigField.KUBERNETES_TOLERATIONS),
+    dsl.TaskConfigPassthrough(dsl.TaskConfigField.KUBERNETES_AFFINITY),
+    dsl.TaskConfigPassthrough(dsl.TaskConfigField.ENV, apply_to_task=True),
+    dsl.TaskConfigPassthrough(dsl.TaskConfigField.KUBERNETES_VOLUMES, apply_to_task=True),
+]
 
 
 def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") -> PipelineTask:
@@ -59,7 +70,17 @@ def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") ->
         kubernetes.empty_dir_mount(task, "shm", mount_path="/dev/shm", medium="Memory", size_limit=resources.shm)
     for secret in resources.secrets:
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.env})
+    if resources.nodes > 1:
+        _on_nodes(task, resources, images.tagged(stage, config.registry))
     return task
+
+
+def _on_nodes(task: PipelineTask, resources: Resources, image: str) -> None:
+    """Has Kubeflow hand the pod's resources to the component, for the nodes that it starts (`components.nodes`)."""
+    asked = nodes.Nodes(count=resources.nodes, image=image, scratch=resources.ephemeral_storage, shm=resources.shm)
+    task.set_env_variable(nodes.ENV, asked.model_dump_json(exclude_none=True))
+    # Declared on the component it would take the GPUs of the tasks that run in one pod.
+    task.component_spec = dataclasses.replace(task.component_spec, task_config_passthroughs=_HANDED_OVER)
 
 
 def imported(uri: PipelineParameterChannel, version: str, kind: type, title: str, after: PipelineTask) -> dsl.Artifact:

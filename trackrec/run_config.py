@@ -41,6 +41,10 @@ from trackrec.config import (
 Cores = Annotated[str, BeforeValidator(unquoted), Field(pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$")]
 
 
+# The stages that train with torch's launcher, on all GPUs of a pod or on several nodes.
+TRAINED = ("sft_generator", "sdpo", "rec_tune")
+
+
 class LoopSettings(Settings):
     """Algorithm 2."""
 
@@ -116,6 +120,8 @@ class Resources(Settings):
     memory: Memory = "8Gi"
     # Scratch space at /tmp, on the node's own disk.
     ephemeral_storage: Memory = "20Gi"
+    # All else here is of one node; more than one needs `work_claim` (docs/multi-node.md).
+    nodes: Positive = 1
     accelerator: Accelerator | None = None
     node_selector: dict[str, str] = Field(default_factory=dict)
     tolerations: list[Toleration] = Field(default_factory=list)
@@ -160,6 +166,15 @@ class StageResources(Settings):
     train_ctr: Resources = Resources()
     tabulate_ctr: Resources = Resources()
     compare: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _nodes_train_and_share(self) -> Self:
+        for stage, resources in self:
+            if resources.nodes > 1 and stage not in TRAINED:
+                raise ValueError(f"`{stage}.nodes`: only {', '.join(TRAINED)} run on several nodes; leave it out")
+            if resources.nodes > 1 and resources.work_claim is None:
+                raise ValueError(f"`{stage}.nodes` needs `{stage}.work_claim`: all nodes read and write there")
+        return self
 
 
 # What the prompts of a domain tell the model (trackrec/prompts/templates): a rating above this means like.
@@ -234,18 +249,21 @@ class RunConfig(Settings):
                     f"{pod.shards * pod.accelerator.count}, and a shard works on {used} of its own; set "
                     f"`accelerator.count: {used}`"
                 )
-        for stage in ("sft_generator", "sdpo", "rec_tune"):
+        for stage in TRAINED:
             training: TrainingSettings = getattr(self, stage)
-            accelerator = getattr(self.resources, stage).accelerator
+            resources: Resources = getattr(self.resources, stage)
+            accelerator = resources.accelerator
             if training.deepspeed and accelerator is None:
                 raise ValueError(
                     f"`{stage}.deepspeed` needs GPUs: name a profile that has some (`--profile gke-a100`, `gke-h100`, "
                     f"`on-prem`), or set `resources.{stage}.accelerator`"
                 )
-            if accelerator and training.batch_size % (training.micro_batch_size * accelerator.count):
+            processes = resources.nodes * (accelerator.count if accelerator else 1)
+            if training.batch_size % (training.micro_batch_size * processes):
                 raise ValueError(
                     f"`{stage}.batch_size` ({training.batch_size}) must be a multiple of `{stage}.micro_batch_size` "
-                    f"({training.micro_batch_size}) × `resources.{stage}.accelerator.count` ({accelerator.count})"
+                    f"({training.micro_batch_size}) × `resources.{stage}.accelerator.count` × "
+                    f"`resources.{stage}.nodes` ({processes} processes)"
                 )
         if self.loop.distillation and self.sdpo.lora is not None and self.sdpo.lora != self.sft_generator.lora:
             raise ValueError("`sdpo.lora` goes on with the adapter of `sft_generator`; give both the same `lora`")

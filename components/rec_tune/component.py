@@ -17,6 +17,7 @@ def rec_tune(
     validator: Input[Model],
     tuned: Output[Model],
     recots: Input[Dataset] = None,
+    task_config: dsl.TaskConfig = None,
 ) -> None:
     """Rec-tuning: fine-tunes the validator on the train examples with the generator's RecCoTs (eq. 5-6).
 
@@ -32,9 +33,11 @@ def rec_tune(
         validator: V to start from.
         tuned: V of this iteration.
         recots: Table `recots`, greedy; left out for the control.
+        task_config: What the nodes get where the stage asks for several; filled in by Kubeflow.
     """
     from pathlib import Path
 
+    from components import nodes
     from trackrec import config, storage
     from trackrec.stages import rec_tune as stage
 
@@ -48,5 +51,6 @@ def rec_tune(
         validator=Path(validator.path),
         tuned=Path(tuned.path),
         recots=Path(recots.path) if recots else None,
+        launch=nodes.launcher("rec_tune", task_config),
     )
     tuned.metadata.update(storage.numbers(tuned.path))

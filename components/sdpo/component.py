@@ -16,6 +16,7 @@ def sdpo(
     base_model: Input[Model],
     generator: Input[Model],
     aligned: Output[Model],
+    task_config: dsl.TaskConfig,
 ) -> None:
     """Aligns the generator with the preferences by softmax-DPO (eq. 3-4).
 
@@ -30,9 +31,11 @@ def sdpo(
         base_model: The base model.
         generator: G of the previous iteration.
         aligned: G of this iteration.
+        task_config: What the nodes get where the stage asks for several; filled in by Kubeflow.
     """
     from pathlib import Path
 
+    from components import nodes
     from trackrec import config, storage
     from trackrec.stages import sdpo as stage
 
@@ -45,5 +48,6 @@ def sdpo(
         base_model=Path(base_model.path),
         generator=Path(generator.path),
         aligned=Path(aligned.path),
+        launch=nodes.launcher("sdpo", task_config),
     )
     aligned.metadata.update(storage.numbers(aligned.path))

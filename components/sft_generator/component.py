@@ -14,6 +14,7 @@ def sft_generator(
     recots: Input[Dataset],
     base_model: Input[Model],
     generator: Output[Model],
+    task_config: dsl.TaskConfig,
 ) -> None:
     """Distillation: fine-tunes the generator G on the teacher's RecCoTs (paper 3.5).
 
@@ -24,9 +25,11 @@ def sft_generator(
         recots: Table `recots`, the teacher's.
         base_model: The base model, Hugging Face layout.
         generator: G: full weights, or an adapter on the base model.
+        task_config: What the nodes get where the stage asks for several; filled in by Kubeflow.
     """
     from pathlib import Path
 
+    from components import nodes
     from trackrec import config, storage
     from trackrec.stages import sft_generator as stage
 
@@ -37,5 +40,6 @@ def sft_generator(
         recots=Path(recots.path),
         base_model=Path(base_model.path),
         generator=Path(generator.path),
+        launch=nodes.launcher("sft_generator", task_config),
     )
     generator.metadata.update(storage.numbers(generator.path))

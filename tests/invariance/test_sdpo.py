@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from trackrec.align import sdpo_trainer, training
+from trackrec.align import sdpo_trainer
+from trackrec.align.launching import launch
 from trackrec.align.sdpo import SoftmaxDPOLoss
 from trackrec.align.sdpo_trainer import PreferenceSet, Row, SdpoTrainer, align, encode
 from trackrec.config import LoraSettings, SdpoSettings
@@ -148,7 +149,7 @@ def test_two_processes_are_one(tiny_model: Path, tmp_path: Path, monkeypatch: py
         out, work = tmp_path / f"out{processes}", tmp_path / f"work{processes}"
         sets = preference_sets(9)
         arguments = (settings(), sets, tiny_model, tiny_model, out, work, 3)
-        runs.append((training.launch(settings(), align, *arguments), weights(out)))
+        runs.append((launch(align, *arguments), weights(out)))
     (one_facts, one), (two_facts, two) = runs
     assert (one_facts["processes"], two_facts["processes"]) == (1, 2)
     same_trajectory(two_facts, two, one_facts, one)
@@ -186,7 +187,7 @@ def test_resumed_is_uninterrupted_under_deepspeed(
 
     def launched(body: Any, root: Path) -> dict[str, Any]:
         arguments = (chosen, preference_sets(9), tiny_model, tiny_model, root / "out", root / "work", 3)
-        return training.launch(chosen, body, *arguments)
+        return launch(body, *arguments)
 
     facts = launched(align, tmp_path / "whole")
     with pytest.raises(ChildFailedError):

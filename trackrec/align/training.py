@@ -1,8 +1,6 @@
 """What all trainers share: arguments, LoRA, checkpoints, several GPUs, DeepSpeed, and the facts of a training.
 
-A stage trains in a function `body(...) -> facts` and calls `launch(settings, body, ...)`. On one device that is a plain
-call; on a pod with several GPUs, or with DeepSpeed, the body runs in one process a GPU under torch's elastic launcher,
-while the stage itself stays one process, which alone publishes. A body goes:
+A stage trains in a function `body(settings, ...) -> facts`, which `trackrec.align.launching` runs. A body goes:
 
     # Before the model: ZeRO-3 partitions its weights as they are loaded.
     args = TrainingArguments(**arguments(settings, work, seed))
@@ -16,14 +14,13 @@ while the stage itself stays one process, which alone publishes. A body goes:
 import contextlib
 import math
 import os
-from collections.abc import Callable, Sized
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -55,28 +52,6 @@ def check_length(tokens: int, max_length: int, what: str) -> None:
             f"{what} has {tokens} tokens, more than max_length {max_length}; raise `max_length`, or shorten "
             "`contexts.history_length` or the RecCoTs' `max_tokens`"
         )
-
-
-def launch(settings: TrainingSettings, body: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """Runs `body(*args)` in one process a GPU, or right here with one device and no DeepSpeed; returns rank 0's facts.
-
-    Args:
-        body: a module-level function; `args` must be picklable by multiprocessing (paths and settings are).
-    Raises:
-        ChildFailedError: a process failed; the others are stopped.
-    """
-    count = max(torch.cuda.device_count(), 1)
-    if count == 1 and settings.deepspeed is None:
-        return body(*args)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,  # the stage's own retry resumes from the last checkpoint
-    )
-    return elastic_launch(config, body)(*args)[0]
 
 
 def arguments(settings: TrainingSettings, work: Path, seed: int) -> dict[str, Any]:

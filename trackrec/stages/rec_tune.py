@@ -1,11 +1,12 @@
 """Rec-tuning of the validator on the generator's greedy RecCoTs (paper 3.4; Algorithm 2, stage 2)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trackrec import seeds, storage
 from trackrec.align import rec_tuning
-from trackrec.align.training import launch
+from trackrec.align.launching import Launch, launch
 from trackrec.config import RecTuneSettings
 from trackrec.data import schema
 from trackrec.llm.models import check_whole
@@ -22,12 +23,14 @@ def run(
     tuned: Path,
     seed: int = 0,
     iteration: int = 0,
+    launch: Launch = launch,
 ) -> None:
     """Writes V, trained on from `validator` with the train examples, to `tuned`.
 
     Args:
         recots: one for each train context; None tunes the control without RecCoTs (Figure 1).
         validator: the base model itself, or an earlier V.
+        launch: where the training runs.
     """
     inputs = {"examples": examples, "contexts": contexts, "base_model": base_model, "validator": validator}
     if recots is not None:
@@ -37,23 +40,14 @@ def run(
     ) as job:
         check_whole(base_model, validator)
         order = seeds.derive(seed, "rec_tune", iteration)
-        paths = (examples, contexts, recots, base_model, validator, job.outputs["tuned"], job.work)
-        job.facts |= launch(settings, _train, settings, *paths, order)
+        job.facts |= launch(train, settings, inputs, job.outputs["tuned"], job.work, order)
 
 
-def _train(
-    settings: RecTuneSettings,
-    examples: Path,
-    contexts: Path,
-    recots: Path | None,
-    base_model: Path,
-    validator: Path,
-    out: Path,
-    work: Path,
-    seed: int,
-) -> dict[str, Any]:
-    data = draw(train_examples(examples, contexts, recots), settings.max_examples, seed)
-    return rec_tuning.tune(settings, data, base_model, validator, out, work, seed)
+def train(settings: RecTuneSettings, inputs: Mapping[str, Path], out: Path, work: Path, seed: int) -> dict[str, Any]:
+    """One process of the training; `inputs` as `run` names them, without `recots` for the control."""
+    examples = train_examples(inputs["examples"], inputs["contexts"], inputs.get("recots"))
+    data = draw(examples, settings.max_examples, seed)
+    return rec_tuning.tune(settings, data, inputs["base_model"], inputs["validator"], out, work, seed)
 
 
 def train_examples(examples: Path, contexts: Path, recots: Path | None) -> list[rec_tuning.Example]:

@@ -1,11 +1,12 @@
 """CoT preference alignment: G is trained on its validator's preferences (paper 3.2.2; Algorithm 2, stage 1)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trackrec import seeds, storage
+from trackrec.align.launching import Launch, launch
 from trackrec.align.sdpo_trainer import PreferenceSet, align
-from trackrec.align.training import launch
 from trackrec.config import SdpoSettings
 from trackrec.data import schema
 from trackrec.llm.models import check_whole
@@ -22,11 +23,13 @@ def run(
     aligned: Path,
     seed: int = 0,
     iteration: int = 0,
+    launch: Launch = launch,
 ) -> None:
     """Writes G, trained on from `generator`, to `aligned`.
 
     Args:
         generator: the base model itself, or an earlier G. As it is now, it is the reference.
+        launch: where the training runs.
     """
     inputs = {"contexts": contexts, "preferences": preferences, "base_model": base_model, "generator": generator}
     with storage.publish(
@@ -34,21 +37,13 @@ def run(
     ) as job:
         check_whole(base_model, generator)
         order = seeds.derive(seed, "sdpo", iteration)
-        paths = (contexts, preferences, base_model, generator, job.outputs["aligned"], job.work)
-        job.facts |= launch(settings, _train, settings, *paths, order)
+        job.facts |= launch(train, settings, inputs, job.outputs["aligned"], job.work, order)
 
 
-def _train(
-    settings: SdpoSettings,
-    contexts: Path,
-    preferences: Path,
-    base_model: Path,
-    generator: Path,
-    out: Path,
-    work: Path,
-    seed: int,
-) -> dict[str, Any]:
-    return align(settings, preference_sets(contexts, preferences), base_model, generator, out, work, seed)
+def train(settings: SdpoSettings, inputs: Mapping[str, Path], out: Path, work: Path, seed: int) -> dict[str, Any]:
+    """One process of the training; `inputs` as `run` names them."""
+    sets = preference_sets(inputs["contexts"], inputs["preferences"])
+    return align(settings, sets, inputs["base_model"], inputs["generator"], out, work, seed)
 
 
 def preference_sets(contexts: Path, preferences: Path) -> list[PreferenceSet]:
