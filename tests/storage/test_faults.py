@@ -151,6 +151,23 @@ def test_an_answer_that_got_lost_is_no_second_writer(bucket: str, proxy: Proxy, 
     assert lost and storage.resolve(f"{bucket}/v") == uri
 
 
+def test_a_marker_that_is_replaced_while_it_is_read_is_read_anew(bucket: str, proxy: Proxy, tmp_path: Path) -> None:
+    uri = storage.upload(write(tmp_path / "in", FILES), f"{bucket}/v")
+    blob = Client().bucket(bucket.removeprefix("gs://")).blob("v/published.json")
+    other = blob.download_as_text().replace(uri.rpartition("/")[2], "sha256-" + 32 * "0")
+    between_both: list[str] = []
+
+    def replace(request: Request, body: bytes) -> bytes:
+        """Once the reader knows the old marker's generation, and before it reads it, comes a new one."""
+        if request.method == "GET" and request.path.endswith("/published.json") and not between_both:
+            between_both.append(request.path)
+            blob.upload_from_string(other)
+        return body
+
+    proxy.spoil_response = replace
+    assert storage.resolve(f"{bucket}/v").endswith("0000") and between_both
+
+
 def test_names_that_lead_out_of_the_directory_are_refused(bucket: str, tmp_path: Path) -> None:
     Client().bucket(bucket.removeprefix("gs://")).blob("raw/../../evil").upload_from_string(b"x")
     with pytest.raises(storage.RemoteError, match="has a name that no file here can have"):

@@ -58,6 +58,13 @@ def test_a_folder_that_lacks_what_its_name_says_is_refused(bucket: str, tmp_path
     assert files_of(tmp_path / "cache") == {}
 
 
+def test_an_unfinished_upload_is_refused(bucket: str, tmp_path: Path) -> None:
+    storage.upload(write(tmp_path / "in", FILES), f"{bucket}/models/tiny")
+    Client().bucket(bucket.removeprefix("gs://")).blob("models/tiny/published.json").delete()
+    with pytest.raises(storage.NotPublishedError, match=r"tiny has no published\.json: its upload has not finished"):
+        storage.localize(f"{bucket}/models/tiny", tmp_path / "cache")
+
+
 def test_what_was_damaged_here_is_fetched_anew(bucket: str, tmp_path: Path) -> None:
     put(f"{bucket}/raw.zip", b"right")
     path = storage.localize(f"{bucket}/raw.zip", tmp_path)

@@ -20,6 +20,7 @@ from trackrec.storage.gcs import Content, Location, RemoteError, explained, obje
 from trackrec.storage.publication import MANIFEST, CorruptError, NotPublishedError
 
 MARKER = "published.json"
+_SCRATCH = ".parts-"
 _FOLDER = r"sha256-[0-9a-f]{32}"
 
 
@@ -55,6 +56,16 @@ def is_folder(name: str) -> bool:
     return re.fullmatch(_FOLDER, name) is not None
 
 
+def scratch_of(folder: str) -> str:
+    """Where the parts of its large files wait."""
+    return f"{_SCRATCH}{folder}"
+
+
+def is_ours(name: str) -> bool:
+    """Whether an upload, finished or not, makes a folder of this name."""
+    return is_folder(name.removeprefix(_SCRATCH))
+
+
 def read(place: Location) -> tuple[Marker, int] | None:
     """The marker of `place` and its generation; None where there is none.
 
@@ -69,11 +80,12 @@ def read(place: Location) -> tuple[Marker, int] | None:
         with explained(place, "read"):
             try:
                 blob.reload()
-                text = blob.download_as_bytes(if_generation_match=blob.generation, checksum="crc32c")
-            except PreconditionFailed:  # replaced in between
-                continue
             except NotFound:
                 return None
+            try:
+                text = blob.download_as_bytes(if_generation_match=blob.generation, checksum="crc32c")
+            except (NotFound, PreconditionFailed):  # replaced in between
+                continue
         try:
             return Marker.model_validate_json(text), int(blob.generation)
         except ValidationError as error:

@@ -131,7 +131,7 @@ def localize(uri: str, cache: Path) -> Path:
 
     Raises:
         CorruptError: a file does not have its checksum.
-        NotPublishedError: a folder named by its contents lacks some.
+        NotPublishedError: an upload there has not finished.
         RemoteError: nothing lies there, or it cannot be read.
     """
     place, single = Location.parse(uri), None
@@ -144,6 +144,8 @@ def localize(uri: str, cache: Path) -> Path:
         files = {name: stored.content for name, stored in gcs.objects(place).items()}
         if not files:
             raise RemoteError(f"{uri}: nothing lies there; check the name")
+        if any(marker.is_ours(name.partition("/")[0]) for name in files):
+            raise NotPublishedError(f"{uri} has no {marker.MARKER}: its upload has not finished; upload it again")
     listing = json.dumps(sorted((name, content.model_dump()) for name, content in files.items()))
     version = hashlib.sha256(f"{place}\n{listing}".encode()).hexdigest()[:32]
     target = cache / version / (place.parent()[1] or place.bucket)
@@ -152,7 +154,7 @@ def localize(uri: str, cache: Path) -> Path:
     except OccupiedError:  # it was whole once, and has been damaged since
         shutil.rmtree(target)
         downloading.download(place, files, target, "new")
-    if not found and marker.is_folder(target.name) and not single:
+    if not found and not single and marker.is_folder(target.name):
         held = {str(p.relative_to(target)): publication.file_hash(p) for p in target.rglob("*") if p.is_file()}
         if marker.folder_of(held) != target.name:
             shutil.rmtree(target.parent)

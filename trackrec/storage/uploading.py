@@ -43,7 +43,7 @@ def upload(directory: Path, place: Location, replace: bool) -> Location:
         return place / found[0].folder
     if found and not replace:
         raise OccupiedError(f"{place} holds another publication; name another place, or ask to replace it")
-    folder, scratch = place / new.folder, place / f".parts-{new.folder}"
+    folder, scratch = place / new.folder, place / marker.scratch_of(new.folder)
     there, parts = gcs.objects(folder), gcs.objects(scratch)
     missing = {name: file for name, file in files.items() if name not in there or there[name].content != file.content}
     last = missing.pop(MANIFEST, None)
