@@ -44,6 +44,10 @@ test-vllm: ## Run the vLLM engine's tests in an environment of its own
 test-images: ## Build the data image on a base made here, and run stages in it
 	bash images/test.sh
 
+.PHONY: validate-manifests
+validate-manifests: $(VENV)/.ready ## Make the manifests with kustomize; check them against Kubernetes' schemas and "restricted"
+	bash manifests/validate.sh
+
 .PHONY: lint
 lint: $(VENV)/.ready ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ MODEL_CACHE_PATH = "/tmp/trackrec-model-cache"
 USER = 1000
 # Which stage a pod is of, for `kubectl get pods -l` and network policies.
 STAGE_LABEL = "trackrec/stage"
-# kfp-kubernetes 2.17 has no priority class: manifests/components/priority makes one of this label.
+# kfp-kubernetes 2.17 has no priority class: manifests/priority makes one of this label.
 PRIORITY_LABEL = "trackrec/priority-class"
 RETRY_BACKOFF = "30s"
 # What a task on several nodes hands to them. Of its own pod, which only watches, it keeps what all share.

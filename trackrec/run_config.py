@@ -131,7 +131,7 @@ class Resources(Settings):
     work_claim: Text | None = None
     # A PersistentVolumeClaim for what engines derive from a model (vLLM's compiled graphs), so that it is made once.
     model_cache_claim: Text | None = None
-    # A PriorityClass of the cluster; Kubeflow's IR has no field for it (manifests/components/priority).
+    # A PriorityClass of the cluster; Kubeflow's IR has no field for it (manifests/priority).
     priority_class: Text | None = None
     secrets: list[SecretKey] = Field(default_factory=list)
     retries: Count = 2
