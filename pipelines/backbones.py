@@ -27,19 +27,16 @@ def build(config: RunConfig) -> GraphComponent:
         examples: str,
         recots: str,
         encoder: str = config.encoder or "",
-        # Kubeflow's cache does not look into what the addresses name: change these when it changes.
-        version: str = "",
-        encoder_version: str = config.encoder_version,
     ) -> None:
         checked = preflighted(config, encoder=encoder)
         tables = Tables(
-            imported(interactions, version, dsl.Dataset, "interactions", checked),
-            imported(items, version, dsl.Dataset, "items", checked),
-            imported(contexts, version, dsl.Dataset, "contexts", checked),
-            imported(examples, version, dsl.Dataset, "examples", checked),
+            imported(interactions, "", dsl.Dataset, "interactions", checked),
+            imported(items, "", dsl.Dataset, "items", checked),
+            imported(contexts, "", dsl.Dataset, "contexts", checked),
+            imported(examples, "", dsl.Dataset, "examples", checked),
         )
-        texts = imported(recots, version, dsl.Dataset, "recots", checked)
-        ranking = Ranking(config, imported(encoder, encoder_version, dsl.Model, "encoder", checked), tables)
+        texts = imported(recots, "", dsl.Dataset, "recots", checked)
+        ranking = Ranking(config, imported(encoder, config.encoder_version, dsl.Model, "encoder", checked), tables)
         report = ranking.compared(texts, config.loop.iterations, ranked.backbones, None, controls_of=ranked.controls_of)
         reported(config, report, tables.contexts, None, texts)
 

@@ -57,8 +57,9 @@ def run(
     loaded = config_file.load(config, overrides(set_), profile=profile)
     if (from_ is not None) != (pipeline == "backbones") or (texts is not None and from_ is None):
         raise config_file.ConfigError("--from RUN goes with `--pipeline backbones`, and --texts with --from")
+    arguments, versions = local_inputs(loaded, ["encoder"] if from_ else ["raw_data", "base_model", "encoder"])
+    loaded = loaded.model_copy(update=versions)
     made = built(pipeline, loaded)
-    arguments = local_inputs(loaded, ["encoder"] if from_ else ["raw_data", "base_model", "encoder"])
     if from_:
         arguments |= tables_of(local.read_record(root, Path(from_).name), texts, loaded.loop.iterations)
     record = local.execute(made, ir.config_text(loaded), root=root, arguments=arguments, caching=cache, console=console)
@@ -144,9 +145,9 @@ def stages_() -> None:
         console.print(f"{name:<15} {stages.images.IMAGE_OF[name]}")
 
 
-def local_inputs(loaded: RunConfig, keys: Sequence[str]) -> dict[str, Any]:
-    """What a config names by `keys` as paths on this machine, each with its content hash, so that a change is seen."""
-    arguments = {}
+def local_inputs(loaded: RunConfig, keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a config names by `keys` as paths on this machine, and as versions their content hashes."""
+    arguments, versions = {}, {}
     for key in keys:
         uri: str | None = getattr(loaded, key)
         if uri is None or (key == "raw_data" and loaded.engine_reads_raw):
@@ -156,8 +157,8 @@ def local_inputs(loaded: RunConfig, keys: Sequence[str]) -> dict[str, Any]:
         elif not (path := fetch.here(uri)).exists():
             raise config_file.ConfigError(f"{key}: {uri} does not exist; give a file or folder, gs:// or package:NAME")
         arguments[key] = str(path.resolve())
-        arguments[f"{key}_version"] = storage.content_hash(path)
-    return arguments
+        versions[f"{key}_version"] = storage.content_hash(path)
+    return arguments, versions
 
 
 def tables_of(record: recording.RunRecord, texts: str | None, iteration: int) -> dict[str, str]:
@@ -228,6 +229,7 @@ def main() -> None:
         local.RunFailed,
         fetch.FetchError,
         storage.CorruptError,
+        storage.RemoteError,
         OSError,
         LookupError,
     ) as error:

@@ -49,6 +49,7 @@ class _Sdk(kfp.Client):
     """`kfp.Client` that asks for the server's health once: it would log five tracebacks in 25 seconds."""
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> api.V2beta1GetHealthzResponse:
+        _asks_once(self._healthz_api.api_client)
         return self._healthz_api.healthz_service_get_healthz(_request_timeout=TIMEOUT)
 
 
@@ -66,12 +67,10 @@ class Cluster:
             sdk = self._asked(
                 f"connect to {host or os.environ.get('KF_PIPELINES_ENDPOINT') or 'the cluster'}",
                 lambda: _Sdk(host=host, namespace=namespace or "kubeflow", credentials=credentials),
-                again=False,
             )
         # The generated client under the SDK's: its calls take a time-out and a filter, the SDK's do not.
         self.api: api.ApiClient = sdk._run_api.api_client
-        # A retried read is this module's, with a pause in between.
-        self.api.rest_client.pool_manager.connection_pool_kw["retries"] = False
+        _asks_once(self.api)
         self.host: str = self.api.configuration.host
         self.namespace: str = sdk.get_user_namespace()
         self._pipelines = api.PipelineServiceApi(self.api)
@@ -296,6 +295,11 @@ class Cluster:
             raise ClusterError(
                 f"cannot {what}: {where} cannot be reached; give --host or set KF_PIPELINES_ENDPOINT ({_short(error)})"
             ) from error
+
+
+def _asks_once(client: api.ApiClient) -> None:
+    """Asking again is this module's, with a pause in between."""
+    client.rest_client.pool_manager.connection_pool_kw["retries"] = False
 
 
 def _passes(error: BaseException) -> bool:

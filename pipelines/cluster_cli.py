@@ -20,7 +20,7 @@ from rich.text import Text
 from pipelines import cluster_run, ir, metadata_store, pods, single
 from pipelines.client import Cluster, ClusterError
 from pipelines.options import ConfigOption, Pipeline, PipelineOption, ProfileOption, SetOption, built, overrides
-from trackrec import config_file
+from trackrec import config_file, storage
 from trackrec.run_config import RunConfig
 
 app = typer.Typer()
@@ -220,16 +220,36 @@ def cancel(run_id: RunArgument, host: HostOption = None, namespace: NamespaceOpt
 @app.command()
 def artifacts(
     run_id: RunArgument,
+    task: Annotated[str | None, typer.Option(help="Those of one task, e.g. 'sample 2', alone.")] = None,
+    download: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also bring them here, as DIR/TASK/OUTPUT; goes on if stopped.")
+    ] = None,
     host: HostOption = None,
     namespace: NamespaceOption = None,
 ) -> None:
     """List what a run's tasks wrote and where it lies."""
     cluster = Cluster(host, namespace)
     record = cluster_run.record(cluster, cluster.run(run_id))
-    for task in record.tasks.values():
-        for output, artifact in task.outputs.items():
-            line = Text(f"{task.title:<42} {output:<12} {artifact.uri}")
-            console.print(line, soft_wrap=True, style="dim" if task.cached else "")
+    wanted = [single.find(record, task)] if task else [*record.tasks.values()]
+    for one in wanted:
+        for output, artifact in one.outputs.items():
+            place = artifact.uri
+            if download and one.stage:
+                place = str(_brought(artifact.uri, download, one.title, output))
+            line = Text(f"{one.title:<42} {output:<12} {place}")
+            console.print(line, soft_wrap=True, style="dim" if one.cached else "")
+
+
+def _brought(uri: str, folder: Path, title: str, output: str) -> Path:
+    """An artifact as `folder/TITLE/OUTPUT`, a link to where it lies by its contents."""
+    if not storage.is_remote(uri):
+        raise ClusterError(f"{uri}: only gs:// is downloaded; take it from there by your store's own tool")
+    target = storage.localize(uri, folder / ".contents")
+    link = folder / title / output
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.resolve())
+    return link
 
 
 def rerun(

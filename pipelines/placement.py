@@ -84,9 +84,11 @@ def _on_nodes(task: PipelineTask, resources: Resources, image: str) -> None:
 
 
 def imported(uri: PipelineParameterChannel, version: str, kind: type, title: str, after: PipelineTask) -> dsl.Artifact:
-    """An artifact from outside the run; `version` (a content hash, say) makes a changed content a changed cache key.
+    """An artifact from outside the run; what reads it waits for the task `after`, too.
 
-    What reads it waits for the task `after`, too.
+    Args:
+        version: makes a changed content a changed cache key. Not a parameter of the pipeline: Kubeflow (2.17) takes an
+            importer's metadata as they stand and fills no parameter in, so all versions would be one to its cache.
     """
     task = dsl.importer(artifact_uri=uri, artifact_class=kind, metadata={"version": version})
     task.set_display_name(title).after(after)

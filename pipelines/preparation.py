@@ -41,16 +41,15 @@ def preflighted(config: RunConfig, *, encoder: str, raw_data: str = "", base_mod
     return task
 
 
-def prepared(
-    config: RunConfig, raw_data: PipelineParameterChannel, version: PipelineParameterChannel, checked: PipelineTask
-) -> Tables:
+def prepared(config: RunConfig, raw_data: PipelineParameterChannel, checked: PipelineTask) -> Tables:
     """Raw data to interactions, and their histories to contexts and examples (paper 4.1.1)."""
     sections = {"settings": values(config.ingest), "data": values(config.data)}
     if config.engine_reads_raw:
         # No artifact: Kubeflow would copy it into the pod.
-        task = ingest(**sections, raw_uri=raw_data, raw_version=version).after(checked)
+        task = ingest(**sections, raw_uri=raw_data, raw_version=config.raw_data_version).after(checked)
     else:
-        task = ingest(**sections, raw=imported(raw_data, version, dsl.Dataset, "raw data", checked))
+        raw = imported(raw_data, config.raw_data_version, dsl.Dataset, "raw data", checked)
+        task = ingest(**sections, raw=raw)
     ingested = place(task, "ingest", config).outputs
     judged = place(
         contexts(

@@ -19,52 +19,12 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PlatformSpec
 from werkzeug import Request, Response
 
 from pipelines.metadata_messages import CACHED, COMPLETE, OUTPUT, message
+from tests.pipelines.cluster.models import Refused, model
 
 HANG = "hang"
 PAGE = "page"
 _JSON = api.ApiClient()
 _NOW = "2026-01-01T00:00:00Z"
-
-
-class Refused(Exception):
-    def __init__(self, status: int, told: str) -> None:
-        super().__init__(told)
-        self.status = status
-
-
-def model(kind: str, value: Any, at: str = "body") -> Any:
-    """JSON as the model `kind`, as the server's own parser reads it: no unknown field, no wrong type.
-
-    Raises:
-        Refused: with where it is wrong.
-    """
-    if found := re.fullmatch(r"list\[(.+)\]", kind):
-        return [model(found[1], one, f"{at}[]") for one in _typed(list, value, at)]
-    if found := re.fullmatch(r"dict\(str, (.+)\)", kind):
-        return {key: model(found[1], one, f"{at}.{key}") for key, one in _typed(dict, value, at).items()}
-    if kind == "object":
-        return value
-    if kind in ("str", "datetime"):
-        return _typed(str, value, at)
-    if kind in ("bool", "int"):
-        return _typed({"bool": bool, "int": int}[kind], value, at)
-    cls = getattr(api, kind)
-    if hasattr(cls, "allowable_values"):
-        if value not in cls.allowable_values:
-            raise Refused(400, f"{at}: {value!r} is no {kind}")
-        return value
-    attributes = {key: name for name, key in cls.attribute_map.items()}
-    if unknown := _typed(dict, value, at).keys() - attributes.keys():
-        raise Refused(400, f"{at}: unknown field {', '.join(sorted(unknown))}")
-    return cls(
-        **{attributes[key]: model(cls.openapi_types[attributes[key]], one, f"{at}.{key}") for key, one in value.items()}
-    )
-
-
-def _typed(kind: type, value: Any, at: str) -> Any:
-    if not isinstance(value, kind):
-        raise Refused(400, f"{at}: expected {kind.__name__}, got {value!r}")
-    return value
 
 
 class KfpServer:
@@ -231,14 +191,15 @@ class KfpServer:
         run.state = "CANCELED"
         return {}
 
-    def work(self, run_id: str, *, until: str | None = None, cached: tuple[str, ...] = ()) -> None:
+    def work(
+        self, run_id: str, *, until: str | None = None, cached: tuple[str, ...] = (), bucket: str = "gs://bucket"
+    ) -> None:
         """Does a run's tasks, each after those it reads from, up to the one titled `until`, which fails."""
         run = self.runs[run_id]
         spec = self.spec(run)
         root = 1000 * (len(self.metadata) + 1)
         ended = [(message("Execution", id=root, last_known_state=COMPLETE), [])]
         details, pods = [], {}
-        importers = {key for key, one in spec["deploymentSpec"]["executors"].items() if "importer" in one}
         failed = False
         for number, (name, task) in enumerate(_in_order(spec), start=root + 1):
             title = task["taskInfo"]["name"]
@@ -250,12 +211,15 @@ class KfpServer:
             pods[f"pod-{number}-driver"] = (f"w.root.{name}-driver", "driver at work\n")
             if title not in cached:
                 pods[f"pod-{number}"] = (f"w.root.{name}.executor(0)", f"{title} at work\nTraceback\n")
-            outputs = spec["components"][task["componentRef"]["name"]].get("outputDefinitions", {}).get("artifacts", {})
+            component = spec["components"][task["componentRef"]["name"]]
+            importer = spec["deploymentSpec"]["executors"][component["executorLabel"]].get("importer")
             execution = message("Execution", id=number, last_known_state=CACHED if title in cached else COMPLETE)
             # Kubeflow's importers are known by their titles.
-            known_as = title if spec["components"][task["componentRef"]["name"]]["executorLabel"] in importers else name
-            _put(execution, task_name=known_as, parent_dag_id=root, pod_name=f"pod-{number}")
-            ended.append((execution, [] if failed else [(key, _artifact(run_id, name, key)) for key in outputs]))
+            _put(execution, task_name=title if importer else name, parent_dag_id=root, pod_name=f"pod-{number}")
+            outputs = component.get("outputDefinitions", {}).get("artifacts", {})
+            place = f"{bucket}/v2/{run_id}/{name}"
+            uris = {key: _imported(importer, task, spec, run) if importer else f"{place}/{key}" for key in outputs}
+            ended.append((execution, [] if failed else [(key, _artifact(uri, key)) for key, uri in uris.items()]))
             if failed:
                 execution.last_known_state = 4
                 break
@@ -400,8 +364,16 @@ def _put(message_: Any, **properties: str | int) -> None:
             entry.value.string_value = value
 
 
-def _artifact(run_id: str, task: str, key: str) -> Any:
-    uri = f"gs://bucket/v2/{run_id}/{task}/{key}"
+def _imported(importer: dict[str, Any], task: dict[str, Any], spec: dict[str, Any], run: api.V2beta1Run) -> str:
+    uri = importer["artifactUri"]
+    if "constant" in uri:
+        return str(uri["constant"])
+    parameter = task["inputs"]["parameters"][uri["runtimeParameter"]]["componentInputParameter"]
+    default = spec["root"]["inputDefinitions"]["parameters"][parameter].get("defaultValue")
+    return str(((run.runtime_config.parameters if run.runtime_config else None) or {}).get(parameter, default))
+
+
+def _artifact(uri: str, key: str) -> Any:
     artifact = message("Artifact", id=hash(uri) & 0x7FFFFFFF, uri=uri)
     _put(artifact, display_name=key, store_session_info="{}", version="7")
     return artifact
