@@ -136,6 +136,22 @@ def test_hours_and_cost_by_hand() -> None:
     assert generate.gpu_hours == pytest.approx((100_000 + 50_000) / 100 / scale / 3600)
 
 
+def test_shards_and_nodes_shorten_the_wait_and_not_the_work() -> None:
+    rates = Rates.model_validate({"lengths": LENGTHS, "start_seconds": 1e-9, "model": SEVEN})
+    config, wider = load(), load(**{"resources.sample.shards": 4, "resources.sdpo.nodes": 2})
+    sizes = Rates().datasets["ml-1m"]
+    one, many = ({e.work.stage: e for e in estimate.of_run(c, rates, SEVEN, sizes)} for c in (config, wider))
+    for stage, pods in (("sample", 4), ("sdpo", 2)):
+        assert (one[stage].pods, many[stage].pods) == (1, pods)
+        assert many[stage].wall_hours == pytest.approx(one[stage].wall_hours / pods)
+        assert many[stage].gpu_hours == pytest.approx(one[stage].gpu_hours)
+        assert many[stage].usd == pytest.approx(one[stage].usd)
+    # A shard has a quarter of the texts, a node a half of the optimiser's states.
+    assert many["sample"].written_bytes == one["sample"].written_bytes / 4
+    saved = (one["sdpo"].gpu_bytes or 0) - (many["sdpo"].gpu_bytes or 0)
+    assert saved == pytest.approx(16 * SEVEN.parameters * (1 / 8 - 1 / 16))
+
+
 def test_the_teacher_and_the_rankers_by_hand() -> None:
     config = load()
     sizes = Rates().datasets["ml-1m"]
