@@ -77,6 +77,9 @@ def plan(
     set_: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting. Repeatable.")
     ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="The cluster's profile: its cards and pods. Without GPUs no hours are planned.")
+    ] = None,
     users: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Also plan the production job for so many active users. Repeatable."),
@@ -89,7 +92,7 @@ def plan(
     """Estimate tokens, GPU hours, cost, memory and disk of a run's stages, before any of it runs."""
     try:
         overrides = dict(config_file.parse_override(pair) for pair in set_ or [])
-        loaded = [config_file.load(config, overrides) for config in configs]
+        loaded = [config_file.load(config, overrides, profile=profile) for config in configs]
         text = planning.report(loaded, planning.read(rates), users or [])
     except config_file.ConfigError as error:
         raise _failure(str(error)) from error

@@ -305,7 +305,7 @@ class RunConfig(Settings):
 
 def secrets_of(config: RunConfig, *, loop: bool) -> dict[str, SecretKey]:
     """The secrets of all stages' pods by environment variable; without the loop, of those that rank alone."""
-    ranking = ("encode", "train_ctr", "tabulate_ctr", "compare")
+    ranking = ("encode", "gather", "train_ctr", "tabulate_ctr", "compare")
     left_out = set() if config.loop.distillation else {"distill_data", "sft_generator"}
     return {
         secret.env: secret

@@ -4,6 +4,7 @@ import re
 import shlex
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from trackrec.cli import app
 from trackrec.planning import estimate, work
 from trackrec.planning.rates import Rates, Sizes, Splits, read
 from trackrec.planning.shapes import KNOWN
+from trackrec.run_config import RunConfig
 
 ML_1M = Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml")
 QUICKSTART = Path("pipelines/configs/quickstart.yaml")
@@ -34,8 +36,13 @@ LENGTHS = {
 RATES = Rates.model_validate({"lengths": LENGTHS})
 
 
+def load(config: Path = ML_1M, **overrides: Any) -> RunConfig:
+    """The config; the paper's under the profile of A100s."""
+    return config_file.load(config, overrides, profile="gke-a100" if config == ML_1M else None)
+
+
 def stages(*overrides: str, config: Path = ML_1M, sizes: Sizes = SIZES) -> dict[str, work.Work]:
-    loaded = config_file.load(config, dict(config_file.parse_override(one) for one in overrides))
+    loaded = load(config, **dict(config_file.parse_override(one) for one in overrides))
     return {one.stage: one for one in work.of_run(loaded, sizes, RATES.lengths)}
 
 
@@ -85,7 +92,7 @@ def test_what_settings_do_to_the_work() -> None:
     ],
 )
 def test_tasks_are_those_of_the_compiled_pipeline(config: Path, overrides: list[str]) -> None:
-    loaded = config_file.load(config, dict(config_file.parse_override(one) for one in overrides))
+    loaded = load(config, **dict(config_file.parse_override(one) for one in overrides))
     tasks = pipeline.build(loaded).pipeline_spec.root.dag.tasks.values()
     compiled = Counter(task.task_info.name.split(" ")[0] for task in tasks)
     planned = estimate.of_run(loaded, RATES, SEVEN, SIZES)
@@ -107,7 +114,7 @@ def test_hours_and_cost_by_hand() -> None:
         config_file.parse_override(f"resources.{stage}.node_selector={card}")
         for stage in ("sample", "sdpo", "generate")
     )
-    config = config_file.load(ML_1M, overrides)
+    config = load(**overrides)
     found = {one.work.stage: one for one in estimate.of_run(config, rates, SEVEN, SIZES)}
     scale = 7.6e9 / SEVEN.parameters
     assert found["sample"].wall_hours == pytest.approx((3000 + 15_000) / 100 / scale / 3600)
@@ -129,8 +136,24 @@ def test_hours_and_cost_by_hand() -> None:
     assert generate.gpu_hours == pytest.approx((100_000 + 50_000) / 100 / scale / 3600)
 
 
+def test_shards_and_nodes_shorten_the_wait_and_not_the_work() -> None:
+    rates = Rates.model_validate({"lengths": LENGTHS, "start_seconds": 1e-9, "model": SEVEN})
+    config, wider = load(), load(**{"resources.sample.shards": 4, "resources.sdpo.nodes": 2})
+    sizes = Rates().datasets["ml-1m"]
+    one, many = ({e.work.stage: e for e in estimate.of_run(c, rates, SEVEN, sizes)} for c in (config, wider))
+    for stage, pods in (("sample", 4), ("sdpo", 2)):
+        assert (one[stage].pods, many[stage].pods) == (1, pods)
+        assert many[stage].wall_hours == pytest.approx(one[stage].wall_hours / pods)
+        assert many[stage].gpu_hours == pytest.approx(one[stage].gpu_hours)
+        assert many[stage].usd == pytest.approx(one[stage].usd)
+    # A shard has a quarter of the texts, a node a half of the optimiser's states.
+    assert many["sample"].written_bytes == one["sample"].written_bytes / 4
+    saved = (one["sdpo"].gpu_bytes or 0) - (many["sdpo"].gpu_bytes or 0)
+    assert saved == pytest.approx(16 * SEVEN.parameters * (1 / 8 - 1 / 16))
+
+
 def test_the_teacher_and_the_rankers_by_hand() -> None:
-    config = config_file.load(ML_1M)
+    config = load()
     sizes = Rates().datasets["ml-1m"]
     found = {one.work.stage: one for one in estimate.of_run(config, Rates(), SEVEN, sizes)}
     # 5 % of 32,975 contexts at 2.5 and 10 dollars a million tokens, 300 a minute.
@@ -150,7 +173,7 @@ def test_what_does_not_fit_is_named_with_what_to_do() -> None:
         "resources.sft_generator.work_claim": None,
         "encode.batch_tokens": 10_000_000,
     }
-    config = config_file.load(ML_1M, overrides)
+    config = load(**overrides)
     lines = list(estimate.faults(config, estimate.of_run(config, Rates(), SEVEN, SIZES)))
     assert len(lines) == 3, lines
     assert re.match(
@@ -158,7 +181,7 @@ def test_what_does_not_fit_is_named_with_what_to_do() -> None:
     )
     assert re.match(r"sdpo needs 1\d\d GiB on each GPU and a100-80gb gives 79: lower `sdpo.micro_batch_size`", lines[1])
     assert lines[2].startswith("encode needs") and lines[2].endswith("lower `encode.batch_tokens`")
-    shipped = config_file.load(ML_1M)
+    shipped = load()
     assert not list(estimate.faults(shipped, estimate.of_run(shipped, Rates(), SEVEN, SIZES)))
 
 
@@ -173,7 +196,8 @@ def test_sizes(text: str, expected: float) -> None:
 
 
 def ran(*arguments: str) -> tuple[int, str]:
-    done = CliRunner().invoke(app, ["plan", *arguments])
+    profile = ["--profile", "gke-a100"] if str(ML_1M) in arguments else []
+    done = CliRunner().invoke(app, ["plan", *arguments, *profile])
     return done.exit_code, done.output
 
 

@@ -11,7 +11,7 @@ from trackrec.planning import memory, work
 from trackrec.planning.rates import REFERENCE_CARD, REFERENCE_PARAMETERS, Rates, Sizes
 from trackrec.planning.shapes import ModelShape, known
 from trackrec.planning.work import Work
-from trackrec.run_config import Resources, RunConfig
+from trackrec.run_config import Resources, RunConfig, ShardedResources
 
 # A BERT base, for the encoder's memory.
 _ENCODER_BYTES = 110e6 * 4
@@ -22,12 +22,14 @@ _UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "M": 1e6, "
 class Estimate:
     """Of all tasks of one stage together; hours are None where no speed is known for the pod (a stage on a CPU).
 
-    `gpu_bytes` is what each GPU needs and `room_bytes` what the card gives (None: no known card). `disk_bytes` is of
-    one pod: the inputs that Kubeflow copies into it and the `written_bytes`. `work_bytes` lie in the work directory.
+    `gpus` are of one of the `pods` (shards, or nodes) that work on one task at a time. `gpu_bytes` is what each GPU
+    needs and `room_bytes` what the card gives (None: no known card). `disk_bytes` is of one pod: the inputs that
+    Kubeflow copies into it and the `written_bytes`. `work_bytes` lie in the work directory.
     """
 
     work: Work
     gpus: int = 0
+    pods: int = 1
     card: str | None = None
     tokens_per_second: float | None = None
     wall_hours: float | None = None
@@ -40,7 +42,7 @@ class Estimate:
 
     @property
     def gpu_hours(self) -> float | None:
-        return self.wall_hours * self.gpus if self.wall_hours is not None and self.gpus else None
+        return self.wall_hours * self.gpus * self.pods if self.wall_hours is not None and self.gpus else None
 
 
 def shape_of(config: RunConfig, rates: Rates) -> ModelShape:
@@ -128,20 +130,22 @@ def speed(rates: Rates, shape: ModelShape, card: str, kind: str, settings: objec
 def _gpu(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> Estimate:
     resources: Resources = getattr(config.resources, stage.stage)
     gpus = resources.accelerator.count if resources.accelerator else 0
+    shards = resources.shards if isinstance(resources, ShardedResources) else 1
+    pods = shards * resources.nodes
     card = rates.card_of(resources.node_selector) if gpus else None
     section = getattr(config, stage.stage)
     settings = section.engine if hasattr(section, "engine") else section
-    read, written, kept = _bytes(config, rates, shape, stage)
-    needed = _gpu_bytes(config, rates, shape, stage.stage, gpus) if gpus else None
+    read, written, kept = _bytes(config, rates, shape, stage, shards)
+    needed = _gpu_bytes(config, rates, shape, stage.stage, gpus * resources.nodes) if gpus else None
     if card is None:
         return Estimate(
-            stage, gpus, None, gpu_bytes=needed, disk_bytes=read + written, written_bytes=written, work_bytes=kept
+            stage, gpus, pods, gpu_bytes=needed, disk_bytes=read + written, written_bytes=written, work_bytes=kept
         )
     speeds = {kind: speed(rates, shape, card, kind, settings) for kind in stage.tokens}
-    # A training uses all GPUs of its pod; what samples, scores and encodes uses one, or its tensor-parallel group.
-    parallel = 1.0
+    # A training uses all GPUs of its pods; all else uses one of each pod, or its tensor-parallel group.
+    parallel: float = pods
     if isinstance(settings, TrainingSettings):
-        parallel = gpus * (rates.zero_efficiency if settings.deepspeed and gpus > 1 else 1)
+        parallel = gpus * pods * (rates.zero_efficiency if settings.deepspeed and gpus * pods > 1 else 1)
     seconds = sum(count / speeds[kind] for kind, count in stage.tokens.items()) / parallel
     wall = (seconds + stage.tasks * rates.start_seconds) / 3600
     room = rates.cards[card].memory_gib * memory.GIB
@@ -151,10 +155,11 @@ def _gpu(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> Est
     return Estimate(
         stage,
         gpus,
+        pods,
         card,
         tokens_per_second=speeds[main],
         wall_hours=wall,
-        usd=wall * gpus * rates.cards[card].usd_per_hour,
+        usd=wall * gpus * pods * rates.cards[card].usd_per_hour,
         gpu_bytes=needed,
         room_bytes=room,
         disk_bytes=read + written,
@@ -182,12 +187,13 @@ def _gpu_bytes(config: RunConfig, rates: Rates, shape: ModelShape, stage: str, g
     return memory.decoding(shape, section.engine, longest) + memory.CONTEXT
 
 
-def _bytes(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> tuple[float, float, float]:
-    """Of one pod: its inputs, what it writes, and what lies in the work directory."""
-    texts = stage.tokens_out * memory.TEXT_BYTES / stage.tasks
+def _bytes(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work, shards: int) -> tuple[float, float, float]:
+    """Of one pod, with one of the `shards` of a task's texts: its inputs, what it writes, and the work directory."""
+    parts = stage.tasks * shards
+    texts = stage.tokens_out * memory.TEXT_BYTES / parts
     if stage.stage == "encode":
-        vectors = stage.contexts / stage.tasks * rates.vector_width * 4
-        read = stage.contexts / stage.tasks * rates.lengths.recot * memory.TEXT_BYTES
+        vectors = stage.contexts / parts * rates.vector_width * 4
+        read = stage.contexts / parts * rates.lengths.recot * memory.TEXT_BYTES
         return _ENCODER_BYTES + read, vectors, 0.0
     base = memory.model_file(shape, None)
     # The generator is what sft_generator or sdpo wrote, the validator what rec_tune wrote.
@@ -198,7 +204,7 @@ def _bytes(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> t
         start = 0.0 if stage.stage == "sft_generator" else other
         return base + start, memory.model_file(shape, section), memory.checkpoints(shape, section)
     if stage.stage in ("score", "evaluate"):
-        read = stage.prompts / stage.tasks * rates.lengths.recot * memory.TEXT_BYTES
+        read = stage.prompts / parts * rates.lengths.recot * memory.TEXT_BYTES
         return base + other + read, 0.0, 0.0  # numbers alone
     # The journal of what is finished is as large as the table.
     return base + other, texts, texts

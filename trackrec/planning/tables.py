@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from trackrec.planning.estimate import Estimate
-from trackrec.planning.memory import GIB
+from trackrec.planning.memory import GIB, TEXT_BYTES
 from trackrec.planning.rates import Rates
 
 _NONE = "–"
@@ -20,7 +20,7 @@ def of_run(estimates: Sequence[Estimate]) -> str:
             *(_count(value) for value in (one.work.contexts, one.work.prompts)),
             *(_tokens(value) for value in (one.work.tokens_in, one.work.tokens_out)),
             f"{one.tokens_per_second:,.0f}" if one.tokens_per_second else _NONE,
-            f"{one.gpus}" if one.gpus else _NONE,
+            (f"{one.pods} × {one.gpus}" if one.pods > 1 else f"{one.gpus}") if one.gpus else _NONE,
             _hours(one.gpu_hours),
             _hours(one.wall_hours),
             _hours(one.usd),
@@ -45,7 +45,7 @@ def of_users(rates: Rates, by_users: Sequence[tuple[int, Sequence[Estimate]]]) -
         hours = [one.gpu_hours for one in estimates]
         usd = sum(one.usd or 0.0 for one in estimates)
         known = [value for value in hours if value is not None]
-        texts, vectors = estimates[0].work_bytes, users * rates.vector_width * 4
+        texts, vectors = estimates[0].work.tokens_out * TEXT_BYTES, users * rates.vector_width * 4
         rows.append(
             [
                 f"{users:,}",

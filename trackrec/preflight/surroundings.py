@@ -137,7 +137,9 @@ def work_space(estimates: list[Estimate]) -> Iterator[Finding]:
 
 def artifact_space(root: Path, estimates: list[Estimate]) -> Iterator[Finding]:
     """Free space for all that a run on one machine writes."""
-    yield from _space(root, sum(one.work.tasks * one.written_bytes for one in estimates), "the run's models and texts")
+    yield from _space(
+        root, sum(one.work.tasks * one.pods * one.written_bytes for one in estimates), "the run's models and texts"
+    )
 
 
 def _space(folder: Path, needed: float, what: str) -> Iterator[Finding]:
