@@ -27,14 +27,16 @@ from trackrec.data.engine import to_bytes
 
 GROUP, VERSION, PLURAL = "sparkoperator.k8s.io", "v1beta2", "sparkapplications"
 PORT_KEY = "spark.connect.grpc.binding.port"
-# Spark does not run its own server class on Kubernetes; the plug-in starts the same service in any driver.
-_PLUGIN = {"spark.plugins": "org.apache.spark.sql.connect.SparkConnectPlugin", PORT_KEY: "15002"}
+_DEFAULTS = {PORT_KEY: "15002"}
+# What Spark's own server class does, which spark-submit refuses to run on Kubernetes. (The Connect plug-in would listen
+# before there is a session to serve.)
 _SCRIPT = """\
 import signal
 
 from pyspark.sql import SparkSession
 
-SparkSession.builder.getOrCreate()
+context = SparkSession.builder.getOrCreate().sparkContext
+context._jvm.org.apache.spark.sql.connect.service.SparkConnectService.start(context._jsc.sc())
 signal.pause()
 """
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -90,7 +92,7 @@ def manifest(name: str, script: str, application: SparkApplication) -> dict[str,
             "image": application.image,
             "sparkVersion": application.version,
             "mainApplicationFile": script,
-            "sparkConf": _PLUGIN | application.conf,
+            "sparkConf": _DEFAULTS | application.conf,
             # A driver that died has lost its tables; Kubeflow tries the stage again.
             "restartPolicy": {"type": "Never"},
             "driver": {
@@ -211,7 +213,7 @@ class _Job:
             if isinstance(error, ApiException) and error.status in (401, 403):
                 raise self._explained(error) from None
             return None
-        port = (_PLUGIN | self.application.conf)[PORT_KEY]
+        port = (_DEFAULTS | self.application.conf)[PORT_KEY]
         if not ip:
             return None
         with contextlib.suppress(OSError), socket.create_connection((ip, int(port)), timeout=_POLL_SECONDS):

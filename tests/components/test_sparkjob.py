@@ -147,10 +147,7 @@ def test_the_manifest_says_what_the_settings_say(
     assert spec["driver"] == {"cores": 1, "memory": "3072m", "serviceAccount": "driver"}
     assert spec["executor"] == {"instances": 3, "cores": 5, "memory": "7168m"}
     assert (spec["image"], spec["sparkVersion"], spec["mode"]) == ("spark:own", "4.0.1", "cluster")
-    assert spec["sparkConf"] == {
-        "spark.plugins": "org.apache.spark.sql.connect.SparkConnectPlugin",
-        sparkjob.PORT_KEY: listener,
-    }
+    assert spec["sparkConf"] == {sparkjob.PORT_KEY: listener}
 
 
 def test_the_drivers_log_is_the_stages(
