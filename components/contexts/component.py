@@ -29,19 +29,26 @@ def contexts(
         contexts: Table `contexts`.
         examples: Table `examples`.
     """
+    import contextlib
     from pathlib import Path
 
     from trackrec import config, storage
     from trackrec.stages import contexts as stage
 
-    stage.run(
-        config.ContextsSettings.model_validate(settings),
-        config.DataSettings.model_validate(data),
-        seed=seed,
-        interactions=Path(interactions.path),
-        items=Path(items.path),
-        contexts=Path(contexts.path),
-        examples=Path(examples.path),
-    )
+    engine = config.DataSettings.model_validate(data)
+    with contextlib.ExitStack() as stack:
+        if engine.spark.application:
+            from components.sparkjob import served
+
+            engine = stack.enter_context(served(engine))
+        stage.run(
+            config.ContextsSettings.model_validate(settings),
+            engine,
+            seed=seed,
+            interactions=Path(interactions.path),
+            items=Path(items.path),
+            contexts=Path(contexts.path),
+            examples=Path(examples.path),
+        )
     contexts.metadata.update(storage.numbers(contexts.path))
     examples.metadata.update(storage.numbers(examples.path))

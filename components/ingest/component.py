@@ -30,18 +30,25 @@ def ingest(
         raw_uri: Where the engine itself reads a log.
         raw_version: What lies there, by any name: a new one runs the stage anew.
     """
+    import contextlib
     from pathlib import Path
 
     from trackrec import config, storage
     from trackrec.stages import ingest as stage
 
-    stage.run(
-        config.IngestSettings.model_validate(settings),
-        config.DataSettings.model_validate(data),
-        raw=Path(raw.path) if raw else raw_uri,
-        raw_version=raw_version,
-        interactions=Path(interactions.path),
-        items=Path(items.path),
-    )
+    engine = config.DataSettings.model_validate(data)
+    with contextlib.ExitStack() as stack:
+        if engine.spark.application:
+            from components.sparkjob import served
+
+            engine = stack.enter_context(served(engine))
+        stage.run(
+            config.IngestSettings.model_validate(settings),
+            engine,
+            raw=Path(raw.path) if raw else raw_uri,
+            raw_version=raw_version,
+            interactions=Path(interactions.path),
+            items=Path(items.path),
+        )
     interactions.metadata.update(storage.numbers(interactions.path))
     items.metadata.update(storage.numbers(items.path))
