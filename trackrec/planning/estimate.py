@@ -11,7 +11,7 @@ from trackrec.planning import memory, work
 from trackrec.planning.rates import REFERENCE_CARD, REFERENCE_PARAMETERS, Rates, Sizes
 from trackrec.planning.shapes import ModelShape, known
 from trackrec.planning.work import Work
-from trackrec.run_config import Resources, RunConfig
+from trackrec.run_config import Resources, RunConfig, ShardedResources
 
 # A BERT base, for the encoder's memory.
 _ENCODER_BYTES = 110e6 * 4
@@ -22,8 +22,9 @@ _UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "M": 1e6, "
 class Estimate:
     """Of all tasks of one stage together; hours are None where no speed is known for the pod (a stage on a CPU).
 
-    `gpu_bytes` is what each GPU needs and `room_bytes` what the card gives (None: no known card). `disk_bytes` is of
-    one pod: the inputs that Kubeflow copies into it and the `written_bytes`. `work_bytes` lie in the work directory.
+    `gpus` are those of all shards. `gpu_bytes` is what each GPU needs and `room_bytes` what the card gives (None: no
+    known card). `disk_bytes` is of one pod: the inputs that Kubeflow copies into it and the `written_bytes`.
+    `work_bytes` lie in the work directory.
     """
 
     work: Work
@@ -128,6 +129,7 @@ def speed(rates: Rates, shape: ModelShape, card: str, kind: str, settings: objec
 def _gpu(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> Estimate:
     resources: Resources = getattr(config.resources, stage.stage)
     gpus = resources.accelerator.count if resources.accelerator else 0
+    pods = resources.shards if isinstance(resources, ShardedResources) else 1
     card = rates.card_of(resources.node_selector) if gpus else None
     section = getattr(config, stage.stage)
     settings = section.engine if hasattr(section, "engine") else section
@@ -135,7 +137,13 @@ def _gpu(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> Est
     needed = _gpu_bytes(config, rates, shape, stage.stage, gpus) if gpus else None
     if card is None:
         return Estimate(
-            stage, gpus, None, gpu_bytes=needed, disk_bytes=read + written, written_bytes=written, work_bytes=kept
+            stage,
+            gpus * pods,
+            None,
+            gpu_bytes=needed,
+            disk_bytes=read + written,
+            written_bytes=written,
+            work_bytes=kept,
         )
     speeds = {kind: speed(rates, shape, card, kind, settings) for kind in stage.tokens}
     # A training uses all GPUs of its pod; what samples, scores and encodes uses one, or its tensor-parallel group.
@@ -143,18 +151,19 @@ def _gpu(config: RunConfig, rates: Rates, shape: ModelShape, stage: Work) -> Est
     if isinstance(settings, TrainingSettings):
         parallel = gpus * (rates.zero_efficiency if settings.deepspeed and gpus > 1 else 1)
     seconds = sum(count / speeds[kind] for kind, count in stage.tokens.items()) / parallel
-    wall = (seconds + stage.tasks * rates.start_seconds) / 3600
+    # Shards share the work; each starts as long as one pod would.
+    wall = (seconds / pods + stage.tasks * rates.start_seconds) / 3600
     room = rates.cards[card].memory_gib * memory.GIB
     if isinstance(settings, EngineSettings) and settings.kind == "vllm":
         room *= settings.gpu_memory_utilization
     main = max(stage.tokens, key=lambda kind: stage.tokens[kind] / speeds[kind])
     return Estimate(
         stage,
-        gpus,
+        gpus * pods,
         card,
         tokens_per_second=speeds[main],
         wall_hours=wall,
-        usd=wall * gpus * rates.cards[card].usd_per_hour,
+        usd=wall * gpus * pods * rates.cards[card].usd_per_hour,
         gpu_bytes=needed,
         room_bytes=room,
         disk_bytes=read + written,
