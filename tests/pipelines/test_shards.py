@@ -245,7 +245,7 @@ def test_a_second_run_takes_every_shard_from_the_cache(
 
 def test_a_sharded_stage_is_run_again_alone(done: tuple[local.RunRecord, str], inputs: Path) -> None:
     record, _ = done
-    again = trackrec(inputs / "runs", "stage", "sample 1", "--run", record.run, settings=("sample.n=3",))
+    again = trackrec(inputs / "runs", "stage", "sample 1", "--run-id", record.run, settings=("sample.n=3",))
     assert again.returncode == 0, again.stdout + again.stderr
     [task] = [task for task in newest(inputs / "runs").tasks.values() if task.stage]
     assert task.title == "sample 1" and len(task.parts) == 2
