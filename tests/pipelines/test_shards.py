@@ -128,13 +128,13 @@ def test_one_shard_is_no_loop(tmp_path: Path, ml_1m: Compiled) -> None:
 )
 def test_shards_that_make_no_sense_are_refused(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(config_file.ConfigError, match=message):
-        config_file.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"), overrides)
+        config_file.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"), overrides, profile="gke-a100")
 
 
 def test_a_shard_may_hold_a_model_that_needs_several_gpus() -> None:
     pod = "resources.sample.accelerator.count"
     overrides = {"resources.sample.shards": 3, pod: 4, "sample.engine.tensor_parallel_size": 4}
-    loaded = config_file.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"), overrides)
+    loaded = config_file.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"), overrides, profile="gke-a100")
     assert loaded.resources.sample.shards == 3
 
 
@@ -245,7 +245,7 @@ def test_a_second_run_takes_every_shard_from_the_cache(
 
 def test_a_sharded_stage_is_run_again_alone(done: tuple[local.RunRecord, str], inputs: Path) -> None:
     record, _ = done
-    again = trackrec(inputs / "runs", "stage", "sample 1", "--run", record.run, settings=("sample.n=3",))
+    again = trackrec(inputs / "runs", "stage", "sample 1", "--run-id", record.run, settings=("sample.n=3",))
     assert again.returncode == 0, again.stdout + again.stderr
     [task] = [task for task in newest(inputs / "runs").tasks.values() if task.stage]
     assert task.title == "sample 1" and len(task.parts) == 2
