@@ -144,8 +144,8 @@ def test_the_namespace_enforces_it() -> None:
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
 
 
-# What Kubeflow 2.17 gives a container and its pod (argocompiler/security_context.go of its backend); who runs it is in the
-# IR (tests/pipelines/test_profiles.py).
+# What Kubeflow 2.17 gives a container and its pod (argocompiler/security_context.go of its backend); who runs it is in
+# the IR (tests/pipelines/test_profiles.py).
 KUBEFLOWS = {
     "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
     "containers": [
