@@ -64,6 +64,8 @@ for image in "$@"; do
     --option=--quiet --option=--network=none --option="--volume=$cache/wheels:/wheels:ro" \
     --option="--volume=$scratch/pip.conf:/etc/pip.conf:ro" "${options[@]}"
 done
+# Weights are written for their owner alone; the images' user is another.
+chmod -R a+rX "${TRACKREC_CACHE:-.cache}"/{ml-100k,smollm2-135m-instruct,all-minilm-l6-v2}
 TRACKREC_IMAGES="$*" "$python" -m pytest tests/images
 # What the last builds share stays, so that a changed source is built in seconds.
 podman image prune --force --filter until=24h >/dev/null
