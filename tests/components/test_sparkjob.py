@@ -144,6 +144,7 @@ def test_the_manifest_says_what_the_settings_say(
         {"apiVersion": "v1", "kind": "Pod", "name": "run-1-ingest", "uid": "0-1"}
     ]
     spec = operator.body["spec"]
+    assert spec["driver"].pop("securityContext") == spec["executor"].pop("securityContext")
     assert spec["driver"] == {"cores": 1, "memory": "3072m", "serviceAccount": "driver"}
     assert spec["executor"] == {"instances": 3, "cores": 5, "memory": "7168m"}
     assert (spec["image"], spec["sparkVersion"], spec["mode"]) == ("spark:own", "4.0.1", "cluster")
