@@ -20,7 +20,7 @@ BUCKET = {"raw_data": "gs://bucket/ml-100k.zip", "base_model": "gs://bucket/smol
 
 
 def callers() -> list[tuple[None, None, None, str]]:
-    """What kfp reads of `inspect.stack()` at every setting of a task; all of it takes a minute a pipeline under pytest."""
+    """What kfp reads of `inspect.stack()` at every setting of a task; all of it takes minutes under pytest."""
     own = sys._getframe(1)
     assert own.f_back
     return [(None, None, None, frame.f_code.co_name) for frame in (own, own.f_back)]
@@ -37,7 +37,6 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KfpServe
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", httpserver.url_for(""))
     monkeypatch.setattr(Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
-    monkeypatch.setattr(client, "TIMEOUT", (0.5, 0.5))
     monkeypatch.setattr(cluster_cli, "WATCH", 0.05)
     kubeconfig = {
         "apiVersion": "v1",
@@ -54,6 +53,12 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KfpServe
     yield server
     httpserver.check_assertions()
     httpserver.stop()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of a server that gives no answer in time."""
+    monkeypatch.setattr(client, "TIMEOUT", (1.0, 1.0))
 
 
 @pytest.fixture(scope="session")
