@@ -40,9 +40,25 @@ test-vllm: ## Run the vLLM engine's tests in an environment of its own
 	bash tests/vllm_env.sh
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/llm/test_vllm_engine.py
 
+.PHONY: images
+images: $(VENV)/.ready ## Build the images (REGISTRY=...; BASE_IMAGE=... for another base; IMAGES="data rank" for some)
+	$(BIN)/python images/make.py build $(IMAGES) --registry "$(REGISTRY)" --base-image "$(BASE_IMAGE)" --source "$(SOURCE)"
+
+.PHONY: push
+push: $(VENV)/.ready ## Push the images under the tags of all their stages (REGISTRY=...)
+	$(BIN)/python images/make.py push $(IMAGES) --registry "$(REGISTRY)"
+
+.PHONY: sbom
+sbom: $(VENV)/.ready ## Write a CycloneDX SBOM for each image (build/sbom/)
+	$(BIN)/python images/make.py sbom $(IMAGES)
+
 .PHONY: test-images
-test-images: ## Build the data image on a base made here, and run stages in it
-	bash images/test.sh
+test-images: setup ## Build the images for a CPU on a base made here, and run the compiled quick start in them (IMAGES="data rank" for some)
+	bash images/test.sh $(IMAGES)
+
+.PHONY: validate-manifests
+validate-manifests: $(VENV)/.ready ## Make the manifests with kustomize; check them against Kubernetes' schemas and "restricted"
+	bash manifests/validate.sh
 
 .PHONY: lint
 lint: $(VENV)/.ready ## Check style, types and the direction of imports
@@ -55,7 +71,8 @@ lint: $(VENV)/.ready ## Check style, types and the direction of imports
 .PHONY: compile
 compile: $(VENV)/.ready ## Write every component's spec and page, and every config's pipeline IR (build/)
 	$(BIN)/python -m components.build
-	for config in $(CONFIGS); do $(BIN)/trackrec compile --config $$config || exit 1; done
+	for config in $(CONFIGS); do $(BIN)/trackrec compile --config $$config \
+	  $$(grep -q deepspeed $$config && echo --profile gke-a100) || exit 1; done
 
 .PHONY: bench
 bench: setup ## Run the benchmarks of the README's table (ML_1M=path to ml-1m.zip adds those on MovieLens-1M)

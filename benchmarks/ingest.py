@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 
 from trackrec import storage
-from trackrec.config import IngestSettings
+from trackrec.config import DataSettings, IngestSettings
 from trackrec.stages import ingest
 
 
@@ -136,9 +136,9 @@ def _amazon(folder: Path, rows: int, memory_limit: str) -> None:
     if not (raw / "Books_5.json.gz").exists():
         raw.mkdir(parents=True, exist_ok=True)
         write_amazon(raw, rows)
-    settings = IngestSettings(dataset="amazon-book", memory_limit=memory_limit)
+    settings, data = IngestSettings(dataset="amazon-book"), DataSettings.model_validate({"memory_limit": memory_limit})
     label = f"amazon-book, {rows} rows, {(raw / 'Books_5.json.gz').stat().st_size / 2**30:.1f} GiB gzipped"
-    measure(label, lambda: ingest.run(settings, raw=raw, interactions=out, items=out), repeats=1)
+    measure(label, lambda: ingest.run(settings, data, raw=raw, interactions=out, items=out), repeats=1)
     print(json.dumps(storage.read_manifest(out).facts))
 
 

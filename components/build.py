@@ -33,15 +33,17 @@ def readme(stage: str, component: PythonComponent) -> str:
     lines += ["", "## Inputs", "", "| name | type | default | what it is |", "| --- | --- | --- | --- |"]
     for name, field in page.inputs.items():
         default = f"`{field.default!r}`" if field.optional else ""
-        lines.append(f"| `{name}` | {_type(field.type)} | {default} | {meaning[name]} |")
+        kind = f"list of {_type(field.type)}" if field.is_artifact_list else _type(field.type)
+        lines.append(f"| `{name}` | {kind} | {default} | {meaning[name]} |")
     lines += ["", "## Outputs", "", "| name | type | what it is |", "| --- | --- | --- |"]
     for name, output in (page.outputs or {}).items():
         lines.append(f"| `{name}` | {_type(output.type)} | {meaning[name]} |")
-    section = RunConfig.model_fields.get(stage)
-    if section is not None:
-        lines += ["", f"## Settings (`{stage}:` in a config)", "", "| key | type | default |", "| --- | --- | --- |"]
-        [own] = _section_classes(section.annotation)
-        lines += _settings(own)
+    for name in (stage, *(["data"] if "data" in page.inputs else [])):
+        section = RunConfig.model_fields.get(name)
+        if section is not None:
+            lines += ["", f"## Settings (`{name}:` in a config)", "", "| key | type | default |", "| --- | --- | --- |"]
+            [own] = _section_classes(section.annotation)
+            lines += _settings(own)
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,9 @@
 """Which image runs which stage, and how images are named: the one place for both.
 
 An image is one dependency set (`images/<image>/Dockerfile`). A pipeline names it with a tag that derives from the
-sources that can affect the stage: the stage's own module, everything of `trackrec` it imports, its image's Dockerfile
-and requirements. So an unchanged stage keeps its tag, and its cached results, whatever else changes.
+sources that can affect the stage: the stage's own module, everything of `trackrec` it imports (and of `components`,
+where its component's body does), its image's Dockerfile and locks. So an unchanged stage keeps its tag, and its cached
+results, whatever else changes.
 """
 
 import functools
@@ -16,6 +17,7 @@ import trackrec
 ROOT = Path(trackrec.__file__).parents[1]
 
 IMAGE_OF = {
+    "preflight": "data",
     "ingest": "data",
     "contexts": "data",
     "distill_data": "data",
@@ -25,6 +27,7 @@ IMAGE_OF = {
     "preferences": "data",
     "sdpo": "train",
     "generate": "generate",
+    "gather": "data",
     "rec_tune": "train",
     "evaluate": "generate",
     "tabulate": "data",
@@ -34,8 +37,13 @@ IMAGE_OF = {
     "compare": "rank",
 }
 
-# Beside the library an image holds these modules of `components`, which its stages' components import.
-OF_COMPONENTS = {"train": ("__init__.py", "nodes.py", "podlogs.py", "trainjob.py")}
+# The files of `requirements/` that an image installs.
+LOCKS_OF = {
+    "data": ("data",),
+    "train": ("build", "train", "cuda", "torch"),
+    "generate": ("generate", "generate-torch"),
+    "rank": ("rank", "cuda", "torch"),
+}
 
 
 def released(stage: str) -> str:
@@ -60,11 +68,13 @@ def source_hash(stage: str) -> str:
 
 def sources(stage: str) -> list[Path]:
     """The files behind `source_hash`, sorted."""
+    graph = _imports()
     image = IMAGE_OF[stage]
-    modules = {f"trackrec.stages.{stage}"} | ({"trackrec.stages.node"} if image == "train" else set())
-    found = {ROOT / "components" / name for name in OF_COMPONENTS.get(image, ())}
-    upstream = (_imports().find_upstream_modules(module) for module in modules)
-    for name in modules.union(*upstream):
+    modules = {f"trackrec.stages.{stage}"} | _imported_in_a_pod(graph, stage)
+    if image == "train":
+        modules.add("trackrec.stages.node")  # what a TrainJob's nodes run
+    found: set[Path] = set()
+    for name in modules.union(*map(graph.find_upstream_modules, modules)):
         *packages, own = (ROOT / Path(*name.split(".")[: depth + 1]) for depth in range(name.count(".") + 1))
         if own.is_dir():
             packages.append(own)
@@ -73,10 +83,15 @@ def sources(stage: str) -> list[Path]:
         for package in packages:
             found.add(package / "__init__.py")
             found.update(_data_files(package))
-    found.update(
-        p for p in (ROOT / "images" / image / "Dockerfile", ROOT / "requirements" / f"{image}.txt") if p.is_file()
-    )
+    found.add(ROOT / "images" / image / "Dockerfile")
+    found.update(ROOT / "requirements" / f"{lock}.txt" for lock in LOCKS_OF[image])
     return sorted(found)
+
+
+def _imported_in_a_pod(graph: grimp.ImportGraph, stage: str) -> set[str]:
+    """What a component's body imports of `components`: its image holds that beside the library."""
+    imported = graph.find_modules_directly_imported_by(f"components.{stage}.component")
+    return {name for name in imported if name.startswith("components.")} - {__name__}
 
 
 def _data_files(package: Path) -> list[Path]:
@@ -87,4 +102,4 @@ def _data_files(package: Path) -> list[Path]:
 
 @functools.cache
 def _imports() -> grimp.ImportGraph:
-    return grimp.build_graph("trackrec", cache_dir=None)
+    return grimp.build_graph("trackrec", "components", cache_dir=None)

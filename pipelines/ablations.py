@@ -9,7 +9,7 @@ from kfp.dsl.graph_component import GraphComponent
 
 from pipelines.loop import Loop
 from pipelines.placement import imported
-from pipelines.preparation import prepared
+from pipelines.preparation import preflighted, prepared
 from pipelines.ranking import Ranking, reported
 from trackrec.run_config import RunConfig
 
@@ -29,12 +29,10 @@ def build(config: RunConfig) -> GraphComponent:
         raw_data: str = config.raw_data,
         base_model: str = config.base_model,
         encoder: str = config.encoder or "",
-        raw_data_version: str = config.raw_data_version,
-        base_model_version: str = config.base_model_version,
-        encoder_version: str = config.encoder_version,
     ) -> None:
-        base = imported(base_model, base_model_version, dsl.Model, "base model")
-        tables = prepared(config, imported(raw_data, raw_data_version, dsl.Dataset, "raw data"))
+        checked = preflighted(config, raw_data=raw_data, base_model=base_model, encoder=encoder)
+        base = imported(base_model, config.base_model_version, dsl.Model, "base model", checked)
+        tables = prepared(config, raw_data, checked)
 
         full = Loop(config, base, tables, train_texts_of_first_generator=True)
         turns = full.alternate(full.distilled())
@@ -48,7 +46,7 @@ def build(config: RunConfig) -> GraphComponent:
 
         report = undistilled.report
         if config.ranking is not None:
-            ranking = Ranking(config, imported(encoder, encoder_version, dsl.Model, "encoder"), tables)
+            ranking = Ranking(config, imported(encoder, config.encoder_version, dsl.Model, "encoder", checked), tables)
             ranked = config.ranking.by_iteration_of or config.ranking.backbones
             # Iteration 1 is what both Table 6 and iterating are compared with.
             for t in (1, last):

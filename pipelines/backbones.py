@@ -4,7 +4,7 @@ from kfp import dsl
 from kfp.dsl.graph_component import GraphComponent
 
 from pipelines.placement import imported
-from pipelines.preparation import Tables
+from pipelines.preparation import Tables, preflighted
 from pipelines.ranking import Ranking, reported
 from trackrec.run_config import RunConfig
 
@@ -27,18 +27,16 @@ def build(config: RunConfig) -> GraphComponent:
         examples: str,
         recots: str,
         encoder: str = config.encoder or "",
-        # Kubeflow's cache does not look into what the addresses name: change these when it changes.
-        version: str = "",
-        encoder_version: str = config.encoder_version,
     ) -> None:
+        checked = preflighted(config, encoder=encoder)
         tables = Tables(
-            imported(interactions, version, dsl.Dataset, "interactions"),
-            imported(items, version, dsl.Dataset, "items"),
-            imported(contexts, version, dsl.Dataset, "contexts"),
-            imported(examples, version, dsl.Dataset, "examples"),
+            imported(interactions, "", dsl.Dataset, "interactions", checked),
+            imported(items, "", dsl.Dataset, "items", checked),
+            imported(contexts, "", dsl.Dataset, "contexts", checked),
+            imported(examples, "", dsl.Dataset, "examples", checked),
         )
-        texts = imported(recots, version, dsl.Dataset, "recots")
-        ranking = Ranking(config, imported(encoder, encoder_version, dsl.Model, "encoder"), tables)
+        texts = imported(recots, "", dsl.Dataset, "recots", checked)
+        ranking = Ranking(config, imported(encoder, config.encoder_version, dsl.Model, "encoder", checked), tables)
         report = ranking.compared(texts, config.loop.iterations, ranked.backbones, None, controls_of=ranked.controls_of)
         reported(config, report, tables.contexts, None, texts)
 

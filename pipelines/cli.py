@@ -4,17 +4,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import typer
-import yaml
-from kfp import compiler
-from kfp.dsl.graph_component import GraphComponent
 from rich.console import Console
 from rich.markup import escape
 
 from components import stages
-from pipelines import ablations, backbones, explaining, local, single, trackrec
+from pipelines import cluster_cli, explaining, ir, local, recording, single
+from pipelines.client import ClusterError
+from pipelines.options import ConfigOption, PipelineOption, ProfileOption, SetOption, built, overrides
 from trackrec import config_file, fetch, storage
 from trackrec.cli import app as library
 from trackrec.evaluation import report as reports
@@ -25,33 +24,16 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in library.registered_commands:
+for command in (*library.registered_commands, *cluster_cli.app.registered_commands):
     app.registered_commands.append(command)
 # Bound to the stream as it is now: a run redirects stdout to its log.
 console = Console(file=sys.stdout)
 
+# Kubeflow names its runs by UUIDs; local ones are named after their pipeline.
+_CLUSTERS_RUN = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Columns below which the drawn table would cut its figures; the same as Markdown wraps whole.
 _TABLE_WIDTH = 150
 
-PIPELINES = {"trackrec": trackrec.build, "ablations": ablations.build, "backbones": backbones.build}
-Pipeline = Literal["trackrec", "ablations", "backbones"]
-
-PipelineOption = Annotated[
-    Pipeline,
-    typer.Option(
-        "--pipeline",
-        "-p",
-        help="trackrec: the whole. ablations: the loop without alignment, distillation, iterating. "
-        "backbones: ranking models on the RecCoTs of a finished run.",
-    ),
-]
-ConfigOption = Annotated[
-    Path, typer.Option("--config", "-c", help="A run's YAML, e.g. pipelines/configs/quickstart.yaml.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting, e.g. -s sample.n=4. Repeatable."),
-]
 RootOption = Annotated[Path, typer.Option("--root", help="Where runs, artifacts and the cache lie.")]
 
 
@@ -59,6 +41,7 @@ RootOption = Annotated[Path, typer.Option("--root", help="Where runs, artifacts 
 def run(
     config: ConfigOption,
     set_: SetOption = None,
+    profile: ProfileOption = None,
     pipeline: PipelineOption = "trackrec",
     from_: Annotated[
         str | None, typer.Option("--from", help="For `backbones`: the finished run whose tables and RecCoTs are read.")
@@ -71,14 +54,15 @@ def run(
     cache: Annotated[bool, typer.Option(help="Reuse what unchanged stages wrote before.")] = True,
 ) -> None:
     """Run the compiled pipeline on this machine; ends with its tables and the place of the report."""
-    loaded = config_file.load(config, _overrides(set_))
+    loaded = config_file.load(config, overrides(set_), profile=profile)
     if (from_ is not None) != (pipeline == "backbones") or (texts is not None and from_ is None):
         raise config_file.ConfigError("--from RUN goes with `--pipeline backbones`, and --texts with --from")
-    built = _built(pipeline, loaded)
-    arguments = local_inputs(loaded, ["encoder"] if from_ else ["raw_data", "base_model", "encoder"])
+    arguments, versions = local_inputs(loaded, ["encoder"] if from_ else ["raw_data", "base_model", "encoder"])
+    loaded = loaded.model_copy(update=versions)
+    made = built(pipeline, loaded)
     if from_:
         arguments |= tables_of(local.read_record(root, Path(from_).name), texts, loaded.loop.iterations)
-    record = local.execute(built, _dump(loaded), root=root, arguments=arguments, caching=cache, console=console)
+    record = local.execute(made, ir.config_text(loaded), root=root, arguments=arguments, caching=cache, console=console)
     show(record, root)
 
 
@@ -87,23 +71,25 @@ def stage(
     name: Annotated[
         str, typer.Argument(help="The stage (e.g. ingest), or one of its tasks by title, e.g. 'sample 2'.")
     ],
-    run: Annotated[str, typer.Option("--run", help="The run whose artifacts are its inputs.")],
+    run_id: Annotated[
+        str,
+        typer.Option(help="The run whose artifacts are its inputs: one under --root by its name, else the cluster's."),
+    ],
     set_: SetOption = None,
     root: RootOption = Path("runs"),
     cache: Annotated[bool, typer.Option(help="Reuse what the same call wrote before.")] = True,
+    host: cluster_cli.HostOption = None,
+    namespace: cluster_cli.NamespaceOption = None,
 ) -> None:
     """Run one stage again, with the inputs that a run cached, under changed settings if any are given."""
-    run = Path(run).name  # its folder does as well
+    if _CLUSTERS_RUN.fullmatch(run_id) and not (root / run_id).exists():
+        cluster_cli.rerun(run_id, name, overrides(set_), cache=cache, host=host, namespace=namespace)
+        return
+    run = Path(run_id).name  # its folder does as well
     task = single.find(local.read_record(root, run), name)
-    overrides = _overrides(set_)
-    keys = {"settings": task.stage, "seed": "seed"}
-    own = [key for parameter, key in keys.items() if parameter in task.parameters] + [f"resources.{task.stage}"]
-    for key in overrides:
-        if not any(f"{key}.".startswith(f"{section}.") for section in own):
-            raise config_file.ConfigError(f"{key}: not a setting of {task.title}; allowed here: {', '.join(own)}")
-    loaded = config_file.load(root / run / local.CONFIG, overrides)
+    loaded = single.configured(task, root / run / local.CONFIG, overrides(set_))
     pipeline = single.build(loaded, task)
-    record = local.execute(pipeline, _dump(loaded), root=root, arguments={}, caching=cache, console=console)
+    record = local.execute(pipeline, ir.config_text(loaded), root=root, arguments={}, caching=cache, console=console)
     for done in record.tasks.values():
         for output, artifact in done.outputs.items() if done.stage else ():
             console.print(f"{output}: {escape(artifact.uri)}", soft_wrap=True)
@@ -117,13 +103,14 @@ def compile_(
         typer.Option("--out", "-o", help="Where the IR goes; the pipeline's NAME.yaml in build/ by default."),
     ] = None,
     set_: SetOption = None,
+    profile: ProfileOption = None,
     pipeline: PipelineOption = "trackrec",
 ) -> None:
     """Write a pipeline's IR as YAML, ready to upload to Kubeflow Pipelines."""
-    built = _built(pipeline, config_file.load(config, _overrides(set_)))
-    target = out or Path("build") / f"{built.name}.yaml"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(built, str(target))
+    loaded = config_file.load(config, overrides(set_), profile=profile)
+    made = built(pipeline, loaded)
+    target = out or Path("build") / f"{made.name}.yaml"
+    ir.write(made, loaded, target)
     console.print(f"wrote {target}")
 
 
@@ -158,23 +145,23 @@ def stages_() -> None:
         console.print(f"{name:<15} {stages.images.IMAGE_OF[name]}")
 
 
-def local_inputs(loaded: RunConfig, keys: Sequence[str]) -> dict[str, Any]:
-    """What a config names by `keys` as paths on this machine, each with its content hash, so that a change is seen."""
-    arguments = {}
+def local_inputs(loaded: RunConfig, keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a config names by `keys` as paths on this machine, and as versions their content hashes."""
+    arguments, versions = {}, {}
     for key in keys:
         uri: str | None = getattr(loaded, key)
-        if uri is None:
+        if uri is None or (key == "raw_data" and loaded.engine_reads_raw):
             continue
         if uri.startswith("package:"):
             path = fetched(key, uri.removeprefix("package:"))
-        elif not (path := Path(uri)).exists():
-            raise config_file.ConfigError(f"{key}: {uri} does not exist; give a file or folder, or package:NAME")
+        elif not (path := fetch.here(uri)).exists():
+            raise config_file.ConfigError(f"{key}: {uri} does not exist; give a file or folder, gs:// or package:NAME")
         arguments[key] = str(path.resolve())
-        arguments[f"{key}_version"] = storage.content_hash(path)
-    return arguments
+        versions[f"{key}_version"] = storage.content_hash(path)
+    return arguments, versions
 
 
-def tables_of(record: local.RunRecord, texts: str | None, iteration: int) -> dict[str, str]:
+def tables_of(record: recording.RunRecord, texts: str | None, iteration: int) -> dict[str, str]:
     """A finished run's tables and RecCoTs, as the parameters of `pipelines/backbones.py`.
 
     Args:
@@ -205,7 +192,7 @@ def fetched(key: str, name: str) -> Path:
     return fetch.fetch(name)
 
 
-def show(record: local.RunRecord, root: Path) -> None:
+def show(record: recording.RunRecord, root: Path) -> None:
     """Where everything lies, then the run's tables: what was asked for stays in sight."""
     made = list(record.of_stage("compare").values())
     if not made:
@@ -232,30 +219,17 @@ def show(record: local.RunRecord, root: Path) -> None:
     )
 
 
-def _built(pipeline: Pipeline, loaded: RunConfig) -> GraphComponent:
-    try:
-        return PIPELINES[pipeline](loaded)
-    except ValueError as error:
-        raise config_file.ConfigError(str(error)) from error
-
-
-def _overrides(pairs: list[str] | None) -> dict[str, Any]:
-    return dict(config_file.parse_override(pair) for pair in pairs or [])
-
-
-def _dump(loaded: RunConfig) -> str:
-    return yaml.safe_dump(loaded.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
-
-
 def main() -> None:
     """The command's entry: an error the user can mend is one message and a non-zero exit, not a traceback."""
     try:
         app()
     except (
         config_file.ConfigError,
+        ClusterError,
         local.RunFailed,
         fetch.FetchError,
         storage.CorruptError,
+        storage.RemoteError,
         OSError,
         LookupError,
     ) as error:

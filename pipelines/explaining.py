@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from pipelines import single
-from pipelines.local import RunRecord
+from pipelines.recording import RunRecord
 from trackrec.explain import Explanation, Turn, explain
 from trackrec.run_config import RunConfig
 

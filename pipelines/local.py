@@ -16,23 +16,19 @@ import os
 import platform
 import re
 import time
-from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import json_format
-from kfp import compiler, components, dsl, local
+from kfp import compiler, components, local
 from kfp.dsl.graph_component import GraphComponent
 from kfp.local import pipeline_orchestrator
-from kfp.pipeline_spec.pipeline_spec_pb2 import ParameterType, PipelineSpec, PipelineTaskSpec
-from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 
+from pipelines.recording import RECORD, Artifact, Part, RunRecord, all_tasks, expose_outputs, recorded
 from trackrec import storage
 
-RECORD = "run.json"
 CONFIG = "config.yaml"
 IR = "pipeline.yaml"
 LOG = "log.txt"
@@ -53,32 +49,6 @@ _PROGRESS_SECONDS = 10.0
 
 class RunFailed(RuntimeError):
     """A task failed; the message names it and holds the end of its log."""
-
-
-class Artifact(BaseModel):
-    uri: str
-    kind: str
-    metadata: dict[str, Any] = {}
-
-
-class TaskRecord(BaseModel):
-    """One task of a run: what it was called with and what it wrote. `stage` is empty for an importer."""
-
-    title: str
-    stage: str
-    cached: bool
-    parameters: dict[str, Any] = {}
-    inputs: dict[str, Artifact] = {}
-    outputs: dict[str, Artifact] = {}
-
-
-class RunRecord(BaseModel):
-    run: str
-    seconds: float
-    tasks: dict[str, TaskRecord]
-
-    def of_stage(self, stage: str) -> dict[str, TaskRecord]:
-        return {name: task for name, task in self.tasks.items() if task.stage == stage}
 
 
 def read_record(root: Path, run: str) -> RunRecord:
@@ -114,10 +84,13 @@ def execute(
     (folder / CONFIG).write_text(config_text, encoding="utf-8")
     compiler.Compiler().compile(pipeline, str(folder / IR))
     spec = components.load_component_from_file(str(folder / IR)).pipeline_spec
-    _expose_outputs(spec)
-    for task in spec.root.dag.tasks.values():
+    expose_outputs(spec)
+    for task in all_tasks(spec).values():
         # On one machine a failure seldom passes by itself, and waiting for it tells nobody what to mend.
         task.ClearField("retry_policy")
+        if task.HasField("parameter_iterator"):
+            # Shards share this machine's memory and its GPU: one after the other.
+            task.iterator_policy.parallelism_limit = 1
 
     os.environ[storage.WORK_ENV] = str(root / "work")
     local.init(
@@ -126,7 +99,7 @@ def execute(
         enable_caching=caching,
         cache_root=str(root / "cache" / _environment()),
     )
-    titles = {name: task.task_info.name or name for name, task in spec.root.dag.tasks.items()}
+    titles = {name: task.task_info.name or name for name, task in all_tasks(spec).items()}
     with (folder / LOG).open("w", encoding="utf-8") as log, _Progress(log, titles, console) as progress:
         try:
             with contextlib.redirect_stdout(progress), _quiet_warnings():
@@ -136,16 +109,28 @@ def execute(
                 f"interrupted in {escape(progress.current)}; the same command goes on there. Log: {folder / LOG}"
             )
             raise
-        except RuntimeError as error:
+        except (RuntimeError, _Stopped) as error:
             raise RunFailed(
                 f"{progress.current or 'the pipeline'} failed: {progress.reason()}\n"
                 f"The whole log is {folder / LOG}. Its last lines:\n{progress.tail()}\n"
                 "Mend the cause and run the same command again: what has finished is not run twice."
             ) from error
+    written = root / "artifacts" / run
+    artifacts = {
+        key: Artifact(uri=value.uri, kind=value.schema_title, metadata=dict(value.metadata))
+        for key, value in outputs.items()
+        if not isinstance(value, list)
+    }
+    parts = {
+        key: [Part(uri=part.uri, cached=not Path(part.uri).is_relative_to(written)) for part in value]
+        for key, value in outputs.items()
+        if isinstance(value, list)
+    }
+    ran = {key.split("/", 1)[0] for key, value in artifacts.items() if Path(value.uri).is_relative_to(written)}
     record = RunRecord(
         run=run,
         seconds=round(time.monotonic() - started, 1),
-        tasks=_record(spec, outputs, arguments, root / "artifacts" / run),
+        tasks=recorded(spec, artifacts, arguments, cached=spec.root.dag.tasks.keys() - ran, parts=parts),
     )
     storage.write_atomic(folder / RECORD, record.model_dump_json(indent=2).encode())
     return record
@@ -172,62 +157,6 @@ def _environment() -> str:
     return hashlib.sha256(" ".join(versions).encode()).hexdigest()[:12]
 
 
-def _expose_outputs(spec: PipelineSpec) -> None:
-    """Declares every task's artifacts as the pipeline's outputs, so that the local runner hands them all back."""
-    for name, task in spec.root.dag.tasks.items():
-        for output, definition in spec.components[task.component_ref.name].output_definitions.artifacts.items():
-            key = f"{name}/{output}"
-            spec.root.output_definitions.artifacts[key].CopyFrom(definition)
-            selector = spec.root.dag.outputs.artifacts[key].artifact_selectors.add()
-            selector.producer_subtask = name
-            selector.output_artifact_key = output
-
-
-def _record(
-    spec: PipelineSpec, outputs: dict[str, dsl.Artifact], arguments: dict[str, Any], written: Path
-) -> dict[str, TaskRecord]:
-    artifacts = {
-        key: Artifact(uri=value.uri, kind=value.schema_title, metadata=dict(value.metadata))
-        for key, value in outputs.items()
-    }
-    tasks = {}
-    # The IR's tasks come in no order; a reader follows them from what they read to what they write.
-    upstream = {name: sorted(task.dependent_tasks) for name, task in sorted(spec.root.dag.tasks.items())}
-    for name in TopologicalSorter(upstream).static_order():
-        task = spec.root.dag.tasks[name]
-        executor = spec.components[task.component_ref.name].executor_label
-        own = {key.split("/", 1)[1]: value for key, value in artifacts.items() if key.split("/", 1)[0] == name}
-        is_importer = "importer" in spec.deployment_spec["executors"][executor]
-        tasks[name] = TaskRecord(
-            title=task.task_info.name or name,
-            stage="" if is_importer else executor.removeprefix("exec-").rstrip("-0123456789").replace("-", "_"),
-            cached=not is_importer and not any(Path(a.uri).is_relative_to(written) for a in own.values()),
-            parameters=_parameters(spec, task, arguments),
-            inputs={
-                key: artifacts[
-                    f"{source.task_output_artifact.producer_task}/{source.task_output_artifact.output_artifact_key}"
-                ]
-                for key, source in task.inputs.artifacts.items()
-            },
-            outputs=own,
-        )
-    return tasks
-
-
-def _parameters(spec: PipelineSpec, task: PipelineTaskSpec, arguments: dict[str, Any]) -> dict[str, Any]:
-    definitions = spec.components[task.component_ref.name].input_definitions.parameters
-    values = {}
-    for name, source in task.inputs.parameters.items():
-        if source.HasField("component_input_parameter"):
-            values[name] = arguments.get(source.component_input_parameter)
-            continue
-        value = json_format.MessageToDict(source.runtime_value.constant)
-        # The IR knows one kind of number.
-        is_integer = definitions[name].parameter_type == ParameterType.NUMBER_INTEGER
-        values[name] = int(value) if is_integer else value
-    return values
-
-
 @contextlib.contextmanager
 def _quiet_warnings() -> Any:
     """Leaves out the runner's warnings that resources, titles and image names count for nothing on one machine."""
@@ -239,14 +168,23 @@ def _quiet_warnings() -> Any:
         yield
 
 
+class _Stopped(BaseException):
+    """A task would begin after another has failed; no `Exception`, for logging swallows those."""
+
+
 class _Progress(io.TextIOBase):
-    """Takes the runner's output: all of it goes to the log, a line a task (and its progress bar) to the terminal."""
+    """Takes the runner's output: all of it goes to the log, a line a task (and its progress bar) to the terminal.
+
+    Raises:
+        _Stopped: on writing, when a task begins after one has failed: a run with shards would go on with all else.
+    """
 
     def __init__(self, log: io.TextIOBase | Any, titles: dict[str, str], console: Console) -> None:
         self.log = log
         self.titles = titles
         self.console = console
         self.current = ""
+        self.has_failed = False
         self.started = self.printed = 0.0
         self.pending = ""
         self.recent: list[str] = []
@@ -278,9 +216,12 @@ class _Progress(io.TextIOBase):
         return errors[-1] if errors else "see below"
 
     def _line(self, line: str) -> None:
+        started = _STARTED.search(line)
+        if started and self.has_failed:
+            raise _Stopped
         self.log.write(line + "\n")
         self.log.flush()
-        if started := _STARTED.search(line):
+        if started:
             self.current = self.titles.get(started["task"], started["task"])
             self.started = self.printed = time.monotonic()
             self.recent.clear()
@@ -288,6 +229,7 @@ class _Progress(io.TextIOBase):
             if not self.console.is_terminal:
                 self.console.print(f"▶ {escape(self.current)}", style="dim")
         elif ended := _ENDED.search(line):
+            self.has_failed = ended["status"] != "SUCCESS"
             mark = "[green]✔[/]" if ended["status"] == "SUCCESS" else "[red]✘[/]"
             self.console.print(f"{mark} {escape(self.current):<42} {time.monotonic() - self.started:6.1f} s")
         elif _PROGRESS.search(line):

@@ -3,6 +3,8 @@
 The loop is unrolled in Python, so each iteration's stages are tasks of their own: cached, retried and re-run singly.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, get_args
 
 from kfp.dsl.pipeline_channel import PipelineArtifactChannel
@@ -20,6 +22,7 @@ from components.sft_generator.component import sft_generator
 from components.tabulate.component import tabulate
 from pipelines.placement import given, place, values
 from pipelines.preparation import Tables
+from pipelines.sharding import Sharded, written
 from trackrec.config import Split
 from trackrec.evaluation.report import Variant
 from trackrec.run_config import RunConfig
@@ -116,8 +119,11 @@ class Loop:
         self, generator: PipelineArtifactChannel, validator: PipelineArtifactChannel, t: int
     ) -> tuple[PipelineArtifactChannel, PipelineArtifactChannel]:
         """Algorithm 1's rewards, and G aligned with them by S-DPO (eq. 4)."""
-        sampled = self._placed(
-            sample(
+        sampled = self._sharded(
+            "sample",
+            f"sample {t}",
+            partial(
+                sample,
                 settings=values(self.config.sample),
                 seed=self.config.seed,
                 iteration=t,
@@ -125,26 +131,25 @@ class Loop:
                 base_model=self.base,
                 generator=generator,
             ),
-            "sample",
-            f"sample {t}",
         )
-        scored = self._placed(
-            score(
+        scored = self._sharded(
+            "score",
+            f"score {t}",
+            partial(
+                score,
                 settings=values(self.config.score),
                 examples=self.examples,
                 contexts=self.contexts,
-                recots=sampled.outputs["recots"],
+                recots=sampled,
                 base_model=self.base,
                 validator=validator,
             ),
-            "score",
-            f"score {t}",
         )
         preferred = self._placed(
             preferences(
                 settings=values(self.config.preferences),
-                recots=sampled.outputs["recots"],
-                rewards=scored.outputs["rewards"],
+                recots=sampled,
+                rewards=scored,
             ),
             "preferences",
             f"preferences {t}",
@@ -162,14 +167,15 @@ class Loop:
             "sdpo",
             f"sdpo {t}",
         )
-        return scored.outputs["rewards"], optimised.outputs["aligned"]
+        return scored, optimised.outputs["aligned"]
 
     def written(self, generator: PipelineArtifactChannel, t: int) -> PipelineArtifactChannel:
         """G's greedy RecCoTs."""
         # V is not tuned on the first G's texts. Valid's are always written, so that another `evaluate.split` runs the
         # evaluations again and nothing else.
         unread = {"train"} if t == 0 and not self.train_texts_of_first_generator else set()
-        task = generate(
+        greedy = partial(
+            generate,
             settings=values(self.config.generate),
             splits=[split for split in get_args(Split) if split not in unread],
             examples=self.examples,
@@ -177,7 +183,7 @@ class Loop:
             base_model=self.base,
             generator=generator,
         )
-        return self._placed(task, "generate", f"generate {t}").outputs["recots"]
+        return self._sharded("generate", f"generate {t}", greedy)
 
     def _first_train_texts_are_read(self) -> bool:
         ranking = self.config.ranking
@@ -185,7 +191,13 @@ class Loop:
         return ranked or self.config.evaluate.split == "train"
 
     def _placed(self, task: PipelineTask, stage: str, title: str) -> PipelineTask:
-        return place(task, stage, self.config, title if self.variant == "full" else f"{title}, {self.variant}")
+        return place(task, stage, self.config, self._titled(title))
+
+    def _sharded(self, stage: Sharded, title: str, task: Callable[..., PipelineTask]) -> PipelineArtifactChannel:
+        return written(stage, self.config, self._titled(title), task)
+
+    def _titled(self, title: str) -> str:
+        return title if self.variant == "full" else f"{title}, {self.variant}"
 
     def tuned(
         self,

@@ -12,6 +12,13 @@ from trackrec.run_config import Resources, RunConfig
 
 # What a retried pod resumes from (see `trackrec.storage.work_root`).
 WORK_PATH = "/tmp/trackrec-work"
+MODEL_CACHE_PATH = "/tmp/trackrec-model-cache"
+# The images' user; a namespace under the Pod Security Standard "restricted" asks a pod to say that it is not root.
+USER = 1000
+# Which stage a pod is of, for `kubectl get pods -l` and network policies.
+STAGE_LABEL = "trackrec/stage"
+# kfp-kubernetes 2.17 has no priority class: manifests/priority makes one of this label.
+PRIORITY_LABEL = "trackrec/priority-class"
 RETRY_BACKOFF = "30s"
 # What a task on several nodes hands to them. Of its own pod, which only watches, it keeps what all share.
 _HANDED_OVER = [
@@ -37,6 +44,10 @@ def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") ->
     if resources.accelerator:
         task.set_accelerator_type(resources.accelerator.type)
         task.set_accelerator_limit(resources.accelerator.count)
+    kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
+    kubernetes.add_pod_label(task, STAGE_LABEL, stage)
+    if resources.priority_class:
+        kubernetes.add_pod_label(task, PRIORITY_LABEL, resources.priority_class)
     for label, value in resources.node_selector.items():
         kubernetes.add_node_selector(task, label, value)
     for toleration in resources.tolerations:
@@ -51,6 +62,10 @@ def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") ->
     kubernetes.empty_dir_mount(task, "scratch", mount_path="/tmp", size_limit=resources.ephemeral_storage)
     if resources.work_claim:
         kubernetes.mount_pvc(task, pvc_name=resources.work_claim, mount_path=WORK_PATH)
+    if resources.model_cache_claim:
+        kubernetes.mount_pvc(task, pvc_name=resources.model_cache_claim, mount_path=MODEL_CACHE_PATH)
+        # Where vLLM and Hugging Face's libraries keep what they derive.
+        task.set_env_variable("XDG_CACHE_HOME", MODEL_CACHE_PATH)
     if resources.shm:
         kubernetes.empty_dir_mount(task, "shm", mount_path="/dev/shm", medium="Memory", size_limit=resources.shm)
     for secret in resources.secrets:
@@ -68,10 +83,15 @@ def _on_nodes(task: PipelineTask, resources: Resources, image: str) -> None:
     task.component_spec = dataclasses.replace(task.component_spec, task_config_passthroughs=_HANDED_OVER)
 
 
-def imported(uri: PipelineParameterChannel, version: str, kind: type, title: str) -> dsl.Artifact:
-    """An artifact from outside the run; `version` (a content hash, say) makes a changed content a changed cache key."""
+def imported(uri: PipelineParameterChannel, version: str, kind: type, title: str, after: PipelineTask) -> dsl.Artifact:
+    """An artifact from outside the run; what reads it waits for the task `after`, too.
+
+    Args:
+        version: makes a changed content a changed cache key. Not a parameter of the pipeline: Kubeflow (2.17) takes an
+            importer's metadata as they stand and fills no parameter in, so all versions would be one to its cache.
+    """
     task = dsl.importer(artifact_uri=uri, artifact_class=kind, metadata={"version": version})
-    task.set_display_name(title)
+    task.set_display_name(title).after(after)
     return task.output
 
 

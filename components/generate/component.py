@@ -15,6 +15,8 @@ def generate(
     base_model: Input[Model],
     generator: Input[Model],
     recots: Output[Dataset],
+    shard: int = 0,
+    shards: int = 1,
 ) -> None:
     """Writes one RecCoT a context by greedy decoding (paper 3.3).
 
@@ -26,10 +28,13 @@ def generate(
         base_model: The base model.
         generator: G.
         recots: Table `recots`, one row a context.
+        shard: Which of `shards` parts of the contexts to work on, from 0.
+        shards: How many pods share the contexts; `gather` joins their tables.
     """
     from pathlib import Path
 
     from trackrec import config, storage
+    from trackrec.shards import Shard
     from trackrec.stages import generate as stage
 
     stage.run(
@@ -40,5 +45,6 @@ def generate(
         base_model=Path(base_model.path),
         generator=Path(generator.path),
         recots=Path(recots.path),
+        shard=Shard(shard, shards),
     )
     recots.metadata.update(storage.numbers(recots.path))

@@ -9,9 +9,12 @@ from components import images
 @dsl.component(base_image=images.released("ingest"), install_kfp_package=False)
 def ingest(
     settings: dict,
-    raw: Input[Dataset],
+    data: dict,
     interactions: Output[Dataset],
     items: Output[Dataset],
+    raw: Input[Dataset] = None,
+    raw_uri: str = "",
+    raw_version: str = "",
 ) -> None:
     """Turns raw files into interactions (split, label, rating, time, history) and items.
 
@@ -20,20 +23,32 @@ def ingest(
 
     Args:
         settings: `trackrec.config.IngestSettings`.
-        raw: The raw file or folder.
+        data: `trackrec.config.DataSettings`.
         interactions: Table `interactions`.
         items: Table `items`.
+        raw: The raw file or folder, or else:
+        raw_uri: Where the engine itself reads a log.
+        raw_version: What lies there, by any name: a new one runs the stage anew.
     """
+    import contextlib
     from pathlib import Path
 
     from trackrec import config, storage
     from trackrec.stages import ingest as stage
 
-    stage.run(
-        config.IngestSettings.model_validate(settings),
-        raw=Path(raw.path),
-        interactions=Path(interactions.path),
-        items=Path(items.path),
-    )
+    engine = config.DataSettings.model_validate(data)
+    with contextlib.ExitStack() as stack:
+        if engine.spark.application:
+            from components.sparkjob import served
+
+            engine = stack.enter_context(served(engine))
+        stage.run(
+            config.IngestSettings.model_validate(settings),
+            engine,
+            raw=Path(raw.path) if raw else raw_uri,
+            raw_version=raw_version,
+            interactions=Path(interactions.path),
+            items=Path(items.path),
+        )
     interactions.metadata.update(storage.numbers(interactions.path))
     items.metadata.update(storage.numbers(items.path))

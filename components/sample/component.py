@@ -15,6 +15,8 @@ def sample(
     base_model: Input[Model],
     generator: Input[Model],
     recots: Output[Dataset],
+    shard: int = 0,
+    shards: int = 1,
 ) -> None:
     """Samples N RecCoTs a train context from the generator (Algorithm 1).
 
@@ -28,10 +30,13 @@ def sample(
         base_model: The base model.
         generator: G of the previous iteration.
         recots: Table `recots`, N rows a context.
+        shard: Which of `shards` parts of the contexts to work on, from 0.
+        shards: How many pods share the contexts; `gather` joins their tables.
     """
     from pathlib import Path
 
     from trackrec import config, storage
+    from trackrec.shards import Shard
     from trackrec.stages import sample as stage
 
     stage.run(
@@ -42,5 +47,6 @@ def sample(
         base_model=Path(base_model.path),
         generator=Path(generator.path),
         recots=Path(recots.path),
+        shard=Shard(shard, shards),
     )
     recots.metadata.update(storage.numbers(recots.path))

@@ -15,6 +15,8 @@ def score(
     base_model: Input[Model],
     validator: Input[Model],
     rewards: Output[Dataset],
+    shard: int = 0,
+    shards: int = 1,
 ) -> None:
     """Scores every sampled RecCoT by the validator: P(Yes), P(No) and the reward (eq. 1).
 
@@ -26,10 +28,13 @@ def score(
         base_model: The base model.
         validator: V of the previous iteration.
         rewards: Table `rewards`.
+        shard: Which of `shards` parts of the contexts to work on, from 0.
+        shards: How many pods share the contexts; `gather` joins their tables.
     """
     from pathlib import Path
 
     from trackrec import config, storage
+    from trackrec.shards import Shard
     from trackrec.stages import score as stage
 
     stage.run(
@@ -40,5 +45,6 @@ def score(
         base_model=Path(base_model.path),
         validator=Path(validator.path),
         rewards=Path(rewards.path),
+        shard=Shard(shard, shards),
     )
     rewards.metadata.update(storage.numbers(rewards.path))

@@ -11,8 +11,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from ibis.expr.types import Table
 
-from trackrec.config import ContextsSettings
-from trackrec.data import backend, contexts, recipe
+from trackrec.config import ContextsSettings, DataSettings
+from trackrec.data import contexts, recipe
+from trackrec.data.engine import open_engine
 
 DAY = 86_400
 # user, item, moment: each user of a log is a case of its own. A few moments around midnights, so that ties and the
@@ -40,11 +41,11 @@ def test_no_context_holds_its_target_or_anything_later(
     given_settings = ContextsSettings.model_validate(
         {"domain": "movies", "kind": kind, "snapshot_days": days, "history_length": length, "min_history": min_history}
     )
-    with tempfile.TemporaryDirectory() as folder, backend.connect("duckdb", "1Gi", Path(folder)) as connection:
+    with tempfile.TemporaryDirectory() as folder, open_engine(DataSettings(), Path(folder)) as engine:
 
         def stored(name: str, table: pa.Table) -> Table:
             pq.write_table(table, Path(folder) / name)
-            return connection.read_parquet(Path(folder) / name)
+            return engine.parquet(Path(folder) / name)
 
         ratings = stored("ratings", raw)
         items = stored("items", pa.table({"item_id": ["1", "2", "3"], "title": ["One", "Two", None]}))

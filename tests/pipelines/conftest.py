@@ -44,8 +44,12 @@ class Compiled:
         return self.tasks[title]["inputs"]["parameters"][name]["runtimeValue"]["constant"]
 
 
-def compiled(name: str | Path, tmp_path: Path, *overrides: str, pipeline: str = "trackrec") -> Compiled:
-    """The shipped config `name`, or a file, through `trackrec compile`."""
+def compiled(
+    name: str | Path, tmp_path: Path, *overrides: str, pipeline: str = "trackrec", profile: str | None = None
+) -> Compiled:
+    """The shipped config `name`, or a file, through `trackrec compile`; the paper's settings need GPUs."""
+    if profile is None and str(name).endswith("qwen2.5-7b"):
+        profile = "gke-a100"
     path = tmp_path / "pipeline.yaml"
     command = [
         Path(sys.executable).with_name("trackrec"),
@@ -57,6 +61,8 @@ def compiled(name: str | Path, tmp_path: Path, *overrides: str, pipeline: str = 
         "-o",
         path,
     ]
+    if profile:
+        command += ["--profile", profile]
     for override in overrides:
         command += ["--set", override]
     subprocess.run(command, check=True)

@@ -5,13 +5,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
+from typing import Any, get_args
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from pipelines import local, single
 from pipelines.local import RunRecord
-from trackrec import storage
+from trackrec import config_file, storage
+from trackrec.config import Split
 from trackrec.data import schema
+from trackrec.llm.chat import encode_chat, encode_rec, encode_targets, encode_text
+from trackrec.planning import rates, work
+from trackrec.prompts.render import cot_prompt
 
 QUICKSTART = "pipelines/configs/quickstart.yaml"
 # The quick start cut down to seconds a stage; the model, where a test names none, is the real one.
@@ -49,7 +56,8 @@ def newest(root: Path) -> RunRecord:
 
 
 def ran(record: RunRecord) -> set[str]:
-    return {task.title for task in record.tasks.values() if task.stage and not task.cached}
+    """What did not come from the cache, but for the check before a run, which never does."""
+    return {task.title for task in record.tasks.values() if task.stage not in ("", "preflight") and not task.cached}
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +176,93 @@ def test_what_a_whole_run_wrote(whole: tuple[Path, str, RunRecord]) -> None:
         assert str(root) not in (model / "adapter_config.json").read_text()
 
 
+def test_the_plans_tokens_are_those_that_the_run_counted(
+    whole: tuple[Path, str, RunRecord], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """`trackrec plan` under the run's own sizes and text lengths, against the stages' manifests."""
+    root, _, record = whole
+    config = config_file.load(root / record.run / local.CONFIG)
+    outputs = {task.title: {name: Path(a.uri) for name, a in task.outputs.items()} for task in record.tasks.values()}
+    contexts = {row["context_id"]: row for row in schema.rows(outputs["contexts"]["contexts"], "contexts")}
+    examples = schema.rows(outputs["contexts"]["examples"], "examples")
+    counts = storage.read_manifest(outputs["contexts"]["contexts"]).facts
+    sizes = rates.Sizes(
+        raw_rows=1,
+        contexts=rates.Splits(**{split: counts[f"contexts_{split}"] for split in get_args(Split)}),
+        examples=rates.Splits(**{split: counts[f"examples_{split}"] for split in get_args(Split)}),
+    )
+
+    def facts(title: str, output: str) -> dict[str, float]:
+        return storage.read_manifest(outputs[title][output]).facts
+
+    def planned(stage: str, judged: list[dict[str, Any]], texts: list[str]) -> work.Work:
+        """The stage's work, with the mean lengths of these examples, of their contexts and of `texts`."""
+        shown = [contexts[name] for name in sorted({row["context_id"] for row in judged})]
+        prefixes = [encode_targets(tokenizer, c["domain"], c["history"], [("", None)])[0] for c in shown]
+        parts = []
+        for row in judged:
+            context = contexts[row["context_id"]]
+            given = (tokenizer, context["domain"], context["history"])
+            prefix, [closing] = encode_rec(*given, row["title"], [""])
+            history, [bare] = encode_targets(*given, [(row["title"], None)])
+            parts.append((len(prefix) - len(history), len(closing), len(bare)))
+        target, closing_, without = (fmean(column) for column in zip(*parts, strict=True))
+        lengths = rates.Lengths(
+            prompt=fmean(len(encode_chat(tokenizer, cot_prompt(c["domain"], c["history"]))) for c in shown),
+            history=fmean(map(len, prefixes)),
+            target=target,
+            closing=closing_,
+            target_without_recot=without,
+            recot=fmean(len(encode_text(tokenizer, text)) for text in texts) if texts else 1,
+        )
+        [found] = [one for one in work.of_run(config, sizes, lengths) if one.stage == stage]
+        return found
+
+    def texts_of(title: str, names: set[str]) -> list[str]:
+        rows = schema.rows(outputs[title]["recots"], "recots")
+        return [row["text"] for row in rows if row["context_id"] in names]
+
+    train, test = ([row for row in examples if row["split"] == split] for split in ("train", "test"))
+    sampled = {row["context_id"] for row in schema.rows(outputs["sample 1"]["recots"], "recots")}
+    scored = [row for row in train if row["context_id"] in sampled]
+    score, counted = planned("score", scored, texts_of("sample 1", sampled)), facts("score 1", "rewards")
+    assert score.tokens_in / score.prompts == pytest.approx(counted["tokens"] / counted["rows"], rel=0.02)
+    assert score.contexts == counted["contexts"] == 3
+
+    tuned, counted = facts("rec_tune 1", "tuned"), facts("evaluate (iteration 1)", "metrics")
+    own = planned("rec_tune", train, texts_of("generate 1", {row["context_id"] for row in train}))
+    # Half of its tasks are the control's, without RecCoTs.
+    bare = facts("rec_tune 1 (no RecCoT)", "tuned")
+    assert own.prompts == tuned["examples"] + bare["examples"]
+    assert own.tokens_in == pytest.approx(tuned["tokens"] + bare["tokens"], rel=0.02)
+
+    judged = planned("evaluate", test, texts_of("generate 1", {row["context_id"] for row in test}))
+    every = [facts(title, "metrics") for title in outputs if title.startswith("evaluate")]
+    assert judged.tasks == len(every) and judged.prompts == sum(one["rows"] for one in every)
+    assert judged.tokens_in == pytest.approx(sum(one["tokens"] for one in every), rel=0.1)  # other iterations' texts
+
+    distilled = texts_of("distill_data", set(contexts))
+    student, counted = planned("sft_generator", train, distilled), facts("sft_generator", "generator")
+    assert student.prompts == counted["examples"]
+    assert student.tokens_in == pytest.approx(counted["tokens"], rel=0.02)
+
+    aligned, counted = planned("sdpo", scored, texts_of("sample 1", sampled)), facts("sdpo 1", "aligned")
+    row = aligned.tokens["train"] / aligned.prompts
+    assert row == pytest.approx(counted["tokens"] / counted["examples"], rel=0.1)  # those that are not held out
+    for stage in ("sample", "generate", "encode"):
+        [found] = [one for one in work.of_run(config, sizes, rates.Lengths()) if one.stage == stage]
+        done = record.of_stage(stage).values()
+        written = [storage.read_manifest(Path(next(iter(task.outputs.values())).uri)).facts for task in done]
+        assert found.tasks == len(written) and found.contexts == sum(one["contexts"] for one in written)
+
+
 def test_a_second_run_is_all_cache_hits(quick: tuple[Path, tuple[str, ...]]) -> None:
     root, settings = quick
     done = trackrec(root, "run", "--config", QUICKSTART, settings=settings)
     assert done.returncode == 0, done.stderr
     assert ran(newest(root)) == set()
+    [check] = newest(root).of_stage("preflight").values()
+    assert not check.cached and "✔ base_model has its weights" in Path(check.outputs["checks"].uri).read_text()
 
 
 def test_a_changed_setting_runs_its_stage_again_and_what_follows(quick: tuple[Path, tuple[str, ...]]) -> None:
@@ -231,7 +321,7 @@ def test_one_stage_again(quick: tuple[Path, tuple[str, ...]]) -> None:
     root, settings = quick
     trackrec(root, "run", "--config", QUICKSTART, settings=settings)
     run = newest(root)
-    done = trackrec(root, "stage", "sample 1", "--run", run.run, settings=("sample.n=3",))
+    done = trackrec(root, "stage", "sample 1", "--run-id", run.run, settings=("sample.n=3",))
     assert done.returncode == 0, done.stdout + done.stderr
     (task,) = [task for task in newest(root).tasks.values() if task.stage]
     assert task.title == "sample 1"
@@ -242,7 +332,7 @@ def test_one_stage_again(quick: tuple[Path, tuple[str, ...]]) -> None:
 
     done = trackrec(root, "report", "--run", newest(root).run)
     assert done.returncode == 1 and "is of one stage and has no report" in done.stderr
-    done = trackrec(root, "stage", "sample 1", "--run", run.run, settings=("sdpo.beta=9",))
+    done = trackrec(root, "stage", "sample 1", "--run-id", run.run, settings=("sdpo.beta=9",))
     assert (
         done.returncode == 1
         and "sdpo.beta: not a setting of sample 1; allowed here: sample, seed, resources.sample" in done.stderr
@@ -283,7 +373,7 @@ def test_a_failing_stage_fails_the_run_with_its_reason(quick: tuple[Path, tuple[
         (("run", "--config", QUICKSTART, "--set", "raw_data=package:ml-9"), "ml-100k"),
         (("run", "--config", QUICKSTART, "--pipeline", "ablations", "--set", "loop.iterations=1"), "of 2 or more"),
         (("run", "--config", QUICKSTART, "--set", "ranking.controls_of=[xdeepfm]"), "ranking.controls_of"),
-        (("stage", "sample", "--run", "no-such-run"), "no finished run 'no-such-run'"),
+        (("stage", "sample", "--run-id", "no-such-run"), "no finished run 'no-such-run'"),
     ],
 )
 def test_what_the_user_can_mend_is_one_message(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -295,5 +385,5 @@ def test_what_the_user_can_mend_is_one_message(tmp_path: Path, arguments: tuple[
 def test_help_shows_all() -> None:
     line = [str(Path(sys.executable).with_name("trackrec")), "--help"]
     text = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    for command in ("run", "stage", "compile", "report", "explain", "stages", "ingest", "fetch"):
+    for command in ("run", "stage", "compile", "report", "explain", "stages", "ingest", "fetch", "plan"):
         assert re.search(rf"\b{command}\b", text), command

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from tests import tables
 from tests.data.raw_files import same_rows, write_ml_1m
 from trackrec import storage
-from trackrec.config import ContextsSettings, IngestSettings
+from trackrec.config import ContextsSettings, DataSettings, IngestSettings
 from trackrec.data import schema
 from trackrec.fetch import fetch
 from trackrec.stages import contexts, ingest
@@ -17,9 +17,10 @@ from trackrec.stages import contexts, ingest
 DAY = 86_400
 
 
-def run(out: Path, source: Path, seed: int = 0, **settings: Any) -> Path:
+def run(out: Path, source: Path, seed: int = 0, data: DataSettings | None = None, **settings: Any) -> Path:
     contexts.run(
         ContextsSettings.model_validate({"domain": "movies"} | settings),
+        data or DataSettings(),
         interactions=source,
         items=source,
         contexts=out,
@@ -206,7 +207,7 @@ def test_spark_gives_identical_rows(tmp_path: Path, spark: None, kind: str) -> N
     ingest.run(IngestSettings(dataset="ml-1m"), raw=raw, interactions=source, items=source)
     settings = {"kind": kind, "history_length": 2, "max_train_contexts": 1, "max_examples_per_context": 1}
     here = run(tmp_path / "duckdb", source, **settings)
-    there = run(tmp_path / "spark", source, engine="spark", **settings)
+    there = run(tmp_path / "spark", source, data=DataSettings(engine="spark"), **settings)
     for table in ("contexts", "examples"):
         assert same_rows(here, there, table), table
     assert storage.read_manifest(here).facts == storage.read_manifest(there).facts
@@ -214,7 +215,7 @@ def test_spark_gives_identical_rows(tmp_path: Path, spark: None, kind: str) -> N
 
 def test_spark_gives_the_same_ml_1m_contexts(tmp_path: Path, spark: None, ml_1m: Path) -> None:
     here = run(tmp_path / "duckdb", ml_1m, kind="rolling")
-    there = run(tmp_path / "spark", ml_1m, kind="rolling", engine="spark")
+    there = run(tmp_path / "spark", ml_1m, kind="rolling", data=DataSettings(engine="spark"))
     for table in ("contexts", "examples"):
         assert same_rows(here, there, table), table
 

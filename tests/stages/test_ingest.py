@@ -19,6 +19,7 @@ from tests.data.raw_files import (
 )
 from trackrec import storage
 from trackrec.cli import app
+from trackrec.config import DataSettings
 from trackrec.data import movielens, schema
 from trackrec.fetch import fetch
 
@@ -301,13 +302,13 @@ def test_spark_gives_identical_rows(tmp_path: Path, spark: None, monkeypatch: py
     else:
         amazon_raw(raw)
     here = run(tmp_path / "duckdb", raw, dataset)
-    there = run(tmp_path / "spark", raw, dataset, engine="spark")
+    there = run(tmp_path / "spark", raw, dataset, data=DataSettings(engine="spark"))
     for table in ("interactions", "items"):
         assert same_rows(here, there, table), table
 
 
 def test_spark_gives_the_same_ml_1m(tmp_path: Path, spark: None, ml_1m: Path, ml_1m_zip: Path) -> None:
-    there = run(tmp_path / "spark", ml_1m_zip, engine="spark")
+    there = run(tmp_path / "spark", ml_1m_zip, data=DataSettings(engine="spark"))
     for table in ("interactions", "items"):
         assert same_rows(ml_1m, there, table), table
 

@@ -13,7 +13,7 @@ from tests.data.ingesting import refused, run
 from tests.data.raw_files import read_rows, same_rows, write_csv
 from trackrec import storage
 from trackrec.cli import app
-from trackrec.config import ImpressionLog
+from trackrec.config import DataSettings, ImpressionLog
 from trackrec.data import schema
 from trackrec.data.raw import RawDataError
 
@@ -99,7 +99,7 @@ def test_pandas_unnamed_index_column_does_no_harm(tmp_path: Path) -> None:
 def test_spark_gives_identical_rows(tmp_path: Path, spark: None) -> None:
     write_csv(tmp_path / "raw" / "log.csv", LOG_HEADER, LOG_ROWS)
     here = impressions(tmp_path / "duckdb", tmp_path / "raw")
-    there = impressions(tmp_path / "spark", tmp_path / "raw", engine="spark")
+    there = impressions(tmp_path / "spark", tmp_path / "raw", data=DataSettings(engine="spark"))
     for table in ("interactions", "items"):
         assert same_rows(here, there, table), table
 

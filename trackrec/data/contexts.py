@@ -55,18 +55,19 @@ def contexts(rows: Table, settings: ContextsSettings, seed: int) -> Table:
     )
     first = ranked.filter(ranked.after == 0)
     limits = (settings.max_train_contexts, settings.max_valid_contexts, settings.max_test_contexts)
-    place = ibis.row_number().over(group_by="earliest", order_by=[_drawn(seed, _.context_id), _.context_id])
-    limit = ibis.cases(
-        *((_.earliest == part, ibis.null("int64") if limit is None else limit) for part, limit in enumerate(limits))
-    )
-    drawn = first.mutate(place=place, most=limit)
-    drawn = drawn.filter(drawn.most.isnull() | (drawn.place < drawn.most))
-    return drawn.order_by("as_of", "context_id").select(
+    if any(limit is not None for limit in limits):
+        place = ibis.row_number().over(group_by="earliest", order_by=[_drawn(seed, _.context_id), _.context_id])
+        limit = ibis.cases(
+            *((_.earliest == part, ibis.null("int64") if limit is None else limit) for part, limit in enumerate(limits))
+        )
+        first = first.mutate(place=place, most=limit)
+        first = first.filter(first.most.isnull() | (first.place < first.most))
+    return first.order_by("as_of", "context_id").select(
         "context_id",
         "user_id",
         "as_of",
         "history",
-        split=_name(drawn.earliest),
+        split=_name(first.earliest),
         domain=ibis.literal(settings.domain),
     )
 

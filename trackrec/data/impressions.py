@@ -3,7 +3,8 @@
     raw/log.parquet | raw/log.csv | raw/log/*.parquet    one row an impression
     raw/items.parquet | raw/items.csv                    one row an item (optional: else the log's own title column)
 
-or `raw` is the log's file itself. Parquet is read by the engine where it lies, so a log may outgrow one machine.
+or `raw` is the log's file itself. A log that outgrows one machine is named by a URI that the engine itself reads: on a
+Spark server Parquet files laid out in the same way, on BigQuery the tables `log` and `items` of a dataset.
 """
 
 import contextlib
@@ -17,17 +18,18 @@ import duckdb
 import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ibis.backends import BaseBackend
+from ibis import _
 from ibis.expr.types import BooleanValue, Column, IntegerValue, Table, Value
 from ibis.formats.pyarrow import PyArrowType
 
 from trackrec.config import ImpressionLog
 from trackrec.data import raw as raw_files
+from trackrec.data.engine import Engine, EngineError
 from trackrec.data.raw import RawDataError
 from trackrec.data.recipe import at_least, part_by_time, seconds
 
 # A log in many files has no line order: ties break by what the rows say.
-TIES = ("part", "item_id", "rating", "label")
+TIES = ("part", "item_id", "unrated", "rating", "label")
 # Which record of a CSV file a row is, beside the log's own columns.
 _RECORD = "__record"
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
@@ -37,37 +39,43 @@ _YEAR_10000 = 253_402_300_800
 _LARGEST_RATING = 3.4e38
 
 
-def tables(connection: BaseBackend, raw: Path, log: ImpressionLog, scratch: Path) -> tuple[Table, Table]:
+def tables(engine: Engine, raw: Path | str, log: ImpressionLog, scratch: Path) -> tuple[Table, Table]:
     """The log's rows, labelled and split, and its items, ready for `recipe.interactions` and `recipe.items_of`.
+
+    Args:
+        raw: a file or folder of this machine, or the URI of a log that the engine itself reads.
 
     Raises:
         RawDataError: a file or column is missing, a file is broken, or a row lacks a value or has a wrong one.
+        EngineError: the engine cannot read the URI.
     """
-    path = raw if raw.is_file() else _find(raw, "log")
-    if path is None:
-        raise RawDataError(
-            f"{raw}: expected log.parquet, log.csv, a folder log/ of Parquet files, or the log's file itself"
-        )
     needed = [log.user_id, log.item_id, log.timestamp, *(name for name in (log.label, log.rating) if name)]
     shown = [log.item_title, *log.item_attributes]
-    table = _read(connection, path, [*needed, *shown], scratch / "log.parquet")
+    found = _found(engine, raw, "log", [*needed, *shown], scratch)
+    if found is None:
+        raise RawDataError(
+            f"{raw}: expected log.parquet, log.csv, a folder log/ of Parquet files, or the log's file itself"
+            if isinstance(raw, Path)
+            else f"{raw}: {engine.name} finds no log there (docs/data.md, Engines)"
+        )
+    table, path = found
     _require(table, needed, path)
     rows = _rows(table, log)
-    _refuse_faults(rows, path)
-    items_path = None if raw.is_file() else _find(raw, "items")
-    if items_path is None:
+    _refuse_faults(engine, rows, path)
+    found = _found(engine, raw, "items", [log.item_id, *shown], scratch)
+    if found is None:
         # A log need not have titles; a column that is named must be there.
         named = [log.item_title] * (log.item_title != ImpressionLog.model_fields["item_title"].default)
         _require(table, [*named, *log.item_attributes], path)
         # Of an item's titles in the log, the newest is shown.
         return rows, _items(table.mutate(line=_seconds_of(table[log.timestamp], log)), log)
-    items = _read(connection, items_path, [log.item_id, *shown], scratch / "items.parquet")
-    _require(items, [log.item_id, *shown], items_path)
+    items, path = found
+    _require(items, [log.item_id, *shown], path)
     return rows, _items(items.mutate(line=ibis.literal(0, "int64")), log)
 
 
 @contextlib.contextmanager
-def naming_damage(raw: Path) -> Iterator[None]:
+def naming_damage(raw: Path | str) -> Iterator[None]:
     """Tells a failure inside as what it is where one of the log's Parquet files is damaged; the engine may not name it.
 
     Raises:
@@ -75,9 +83,11 @@ def naming_damage(raw: Path) -> Iterator[None]:
     """
     try:
         yield
-    except RawDataError:
+    except (RawDataError, EngineError):
         raise
     except Exception as error:  # each engine has its own
+        if isinstance(raw, str):
+            raise
         paths = [raw] if raw.is_file() else [_find(raw, "log"), _find(raw, "items")]
         for file in (file for path in paths if path and path.suffix != ".csv" for file in _parquet_files(path)):
             try:
@@ -95,11 +105,22 @@ def _find(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _read(connection: BaseBackend, path: Path, used: list[str], staged: Path) -> Table:
+def _found(
+    engine: Engine, raw: Path | str, name: str, used: list[str], scratch: Path
+) -> tuple[Table, Path | str] | None:
+    """The raw data's table `name`, and what a message calls it."""
+    if isinstance(raw, str):
+        table = engine.remote(raw, name)
+        return None if table is None else (table, f"{raw} ({name})")
+    path = _find(raw, name) if raw.is_dir() else raw if name == "log" and raw.is_file() else None
+    return None if path is None else (_read(engine, path, used, scratch / f"{name}.parquet"), path)
+
+
+def _read(engine: Engine, path: Path, used: list[str], staged: Path) -> Table:
     """The file or folder as a table; a CSV file goes through a Parquet file at `staged`."""
     if path.suffix == ".csv":
         _stage_csv(path, staged)
-        return connection.read_parquet(staged)
+        return engine.parquet(staged)
     files = _parquet_files(path)
     if not files:
         raise RawDataError(f"{path}: no Parquet file in it")
@@ -108,7 +129,7 @@ def _read(connection: BaseBackend, path: Path, used: list[str], staged: Path) ->
         for name, kind in _types(file, used).items():
             if kind != expected[name]:
                 raise RawDataError(f"{file}: column {name!r} is {kind}, but {expected[name]} in {files[0]}")
-    return connection.read_parquet(f"{glob.escape(str(path))}/*.parquet" if path.is_dir() else path)
+    return engine.parquet(f"{glob.escape(str(path))}/*.parquet" if path.is_dir() else path)
 
 
 def _parquet_files(path: Path) -> list[Path]:
@@ -170,11 +191,11 @@ def _lines_of_rows(path: Path, *, blank: bool) -> Iterator[int]:
             line = reader.line_num + 1
 
 
-def _require(table: Table, columns: list[str], path: Path) -> None:
+def _require(table: Table, columns: list[str], path: Path | str) -> None:
     found = [name for name in table.columns if name != _RECORD]
     missing = [name for name in columns if name not in found]
     if missing:
-        where = f"{path}:1" if path.suffix == ".csv" else f"{path}"
+        where = f"{path}:1" if isinstance(path, Path) and path.suffix == ".csv" else f"{path}"
         raise RawDataError(
             f"{where}: no column {', '.join(map(repr, missing))}; it has {', '.join(found)}. "
             "Map the columns in `ingest.log`."
@@ -197,7 +218,9 @@ def _rows(table: Table, log: ImpressionLog) -> Table:
     for condition in missing:
         fault = fault | condition
     record = table[_RECORD] if _RECORD in table.columns else ibis.null("int64")
-    rows = table.select(**ids, timestamp=timestamp, rating=rating, label=label, fault=fault, record=record)
+    values = {"timestamp": timestamp, "rating": rating, "label": label}
+    # `unrated`: engines differ in whether null comes first or last.
+    rows = table.select(**ids, **values, unrated=rating.isnull(), fault=fault, record=record)
     return rows.mutate(part=part_by_time(rows.timestamp, seconds(log.valid_from), seconds(log.test_from)))
 
 
@@ -218,14 +241,14 @@ def _is_rating(value: Value) -> BooleanValue:
     return (value.abs() <= _LARGEST_RATING).fill_null(False)
 
 
-def _refuse_faults(rows: Table, path: Path) -> None:
+def _refuse_faults(engine: Engine, rows: Table, path: Path | str) -> None:
     faults = rows.filter(rows.fault)
-    first = faults.order_by("record").limit(1).to_pyarrow().to_pylist()
+    first = engine.fetched(faults.order_by("record").limit(1))
     if first:
-        count = faults.count().to_pyarrow().as_py()
-        row = {name: value for name, value in first[0].items() if name not in ("fault", "record", "part")}
+        count = engine.fetched(faults.agg(count=_.count()))[0]["count"]
+        row = {name: first[0][name] for name in ("user_id", "item_id", "timestamp", "rating", "label")}
         where = f"{path}"
-        if record := first[0]["record"]:
+        if isinstance(path, Path) and (record := first[0]["record"]):
             where += f":{next(itertools.islice(_lines_of_rows(path, blank=False), record, None))}"
         raise RawDataError(
             f"{where}: a row without user, item or readable time (1970 - 9999), a label other than 0 and 1, or a "

@@ -66,10 +66,12 @@ def interactions(rows: Table, ties: Sequence[str], max_history: int) -> Table:
     # what is sorted is small. `position` comes first, so the structs sort by it.
     row = ibis.struct({name: rows[name] for name in ("position", "item_id", "rating", "label", "part", "timestamp")})
     users = rows.group_by("user_id").agg(rows=row.collect())
-    users = users.mutate(rows=_.rows.sort(), size=_.rows.length().cast("float64"))
+    # The rows of the users before each: over all users at once, so without their rows.
     # As a float (exact to 2**53): DuckDB sums integers to 128 bits, which Ibis takes for 64.
-    before = (_.size.sum().over(order_by="user_id", rows=(None, 0)) - _.size).cast("int64")
-    users = users.mutate(before=before, items=_.rows.map(_earlier_item)).order_by("user_id")
+    sizes = rows.group_by("user_id").agg(size=_.count().cast("float64"))
+    sizes = sizes.mutate(before=(_.size.sum().over(order_by="user_id", rows=(None, 0)) - _.size).cast("int64"))
+    users = users.mutate(rows=_.rows.sort()).join(sizes, "user_id")
+    users = users.mutate(items=_.rows.map(_earlier_item)).order_by("user_id")
     # Unnesting in the select list keeps the order of the users and of their rows.
     rows = users.select("user_id", "before", "items", row=_.rows.unnest())
     position = rows.row["position"]
@@ -92,7 +94,9 @@ def _earlier_item(row: StructValue) -> StructValue:
 
 def catalogue(items: Table) -> Table:
     """One row an item, the last of the file; a blank title is none."""
-    last = items.mutate(after=ibis.row_number().over(group_by="item_id", order_by=[_.line.desc(), _.title]))
+    last = items.mutate(
+        after=ibis.row_number().over(group_by="item_id", order_by=[_.line.desc(), _.title.isnull(), _.title])
+    )
     last = last.filter(last.after == 0)
     return last.select("item_id", "attributes", title=last.title.strip().nullif(""))
 

@@ -3,11 +3,12 @@
 A context is u_i: a user's history at a moment. An example is (u_i, i_i, y_i). `label` is 1 for liked (y = Yes), else 0.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trackrec import storage
@@ -104,6 +105,14 @@ TABLES: dict[str, pa.Schema] = {
     "ranked": pa.schema([("row_id", pa.int64()), ("seed", pa.int32()), ("score", pa.float64())]),
 }
 
+# What the rows of a data stage's table are ordered by.
+ORDER = {"interactions": ["row_id"], "items": ["item_id"], "contexts": ["as_of", "context_id"], "examples": ["row_id"]}
+
+
+_COMPRESSION = "zstd"
+# Rows; a table's bytes follow from its rows alone, so nothing but this cuts it into groups.
+_ROW_GROUP = 1 << 20
+
 
 class SchemaError(ValueError):
     """A table that lacks a column or has it in another type; the message names file, column and both types."""
@@ -128,8 +137,13 @@ def check(schema: pa.Schema, table: str, where: str) -> None:
             raise SchemaError(f"{where}: column {column.name!r} of table {table!r} is {found}, expected {column.type}")
 
 
-def read(directory: Path, table: str, columns: list[str] | None = None) -> pa.Table:
+def read(
+    directory: Path, table: str, columns: list[str] | None = None, of_contexts: Collection[str] | None = None
+) -> pa.Table:
     """A published table, its schema checked first.
+
+    Args:
+        of_contexts: only the rows of these contexts; the others are left out as the file is read.
 
     Raises:
         NotPublishedError: the directory has no manifest, so it may be half written.
@@ -139,11 +153,15 @@ def read(directory: Path, table: str, columns: list[str] | None = None) -> pa.Ta
     path = path_of(directory, table)
     storage.verify(directory, path.name)
     check(pq.read_schema(path), table, str(path))
-    return pq.read_table(path, columns=columns or TABLES[table].names)
+    kept = None if of_contexts is None else pc.field("context_id").isin(pa.array(sorted(of_contexts), pa.string()))
+    return pq.read_table(path, columns=columns or TABLES[table].names, filters=kept)
 
 
-def rows(directory: Path, table: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    return read(directory, table, columns).to_pylist()
+def rows(
+    directory: Path, table: str, columns: list[str] | None = None, of_contexts: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """`read` as dictionaries."""
+    return read(directory, table, columns, of_contexts).to_pylist()
 
 
 def write(directory: Path, table: str, data: pa.Table | Iterable[dict[str, Any]]) -> int:
@@ -151,8 +169,35 @@ def write(directory: Path, table: str, data: pa.Table | Iterable[dict[str, Any]]
     schema = TABLES[table]
     content = data if isinstance(data, pa.Table) else pa.Table.from_pylist(list(data), schema=schema)
     content = content.select(schema.names).cast(schema)
-    pq.write_table(content, path_of(directory, table), compression="zstd")
+    pq.write_table(content, path_of(directory, table), row_group_size=_ROW_GROUP, compression=_COMPRESSION)
     return content.num_rows
+
+
+def join(parts: Sequence[Path], directory: Path, table: str) -> int:
+    """Writes published parts of a table one after the other, as `write` would write their rows; returns their number.
+
+    Memory holds a row group or two, however many rows there are.
+
+    Raises:
+        NotPublishedError, CorruptError, SchemaError: of a part, see `read`.
+    """
+    schema = TABLES[table]
+    with pq.ParquetWriter(path_of(directory, table), schema, compression=_COMPRESSION) as writer:
+        waiting, joined = schema.empty_table(), 0
+        for part in parts:
+            path = path_of(part, table)
+            storage.verify(part, path.name)
+            check(pq.read_schema(path), table, str(path))
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(columns=schema.names):
+                    rows = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+                    waiting, joined = pa.concat_tables([waiting, rows]), joined + rows.num_rows
+                    while waiting.num_rows >= _ROW_GROUP:
+                        writer.write_table(waiting.slice(0, _ROW_GROUP).combine_chunks())
+                        waiting = waiting.slice(_ROW_GROUP)
+        if waiting.num_rows or not joined:
+            writer.write_table(waiting.combine_chunks())
+    return joined
 
 
 def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:

@@ -73,7 +73,7 @@ def write_recots(
         "contexts": len(contexts),
         "recots": len(rows),
         "tokens": sum(row["num_tokens"] for row in rows),
-        "mean_tokens": fmean(row["num_tokens"] for row in rows),
-        "finished": fmean(row["finish_reason"] == "stop" for row in rows),
+        "mean_tokens": fmean(row["num_tokens"] for row in rows) if rows else 0.0,
+        "finished": fmean(row["finish_reason"] == "stop" for row in rows) if rows else 0.0,
         "tokens_per_second": round(written / seconds, 1) if seconds else 0.0,
     }

@@ -7,6 +7,7 @@ from trackrec import storage
 from trackrec.config import DecodingSettings
 from trackrec.data import schema
 from trackrec.llm.engine import Completion, Engine
+from trackrec.shards import WHOLE, Shard
 from trackrec.stages.decoding import write_recots
 
 
@@ -19,26 +20,35 @@ def run(
     base_model: Path,
     generator: Path,
     recots: Path,
+    shard: Shard = WHOLE,
 ) -> None:
     """Writes table `recots`: one row (sample 0) for each context that an example of `splits` is judged in.
+
+    Args:
+        shard: which of the contexts; the facts name it.
 
     Facts: see `write_recots`.
 
     Raises:
-        ValueError: there is no such context.
+        ValueError: there is no such context, or `contexts` lacks one.
     """
     inputs = {"examples": examples, "contexts": contexts, "base_model": base_model, "generator": generator}
-    key = " ".join(sorted(splits))
-    with storage.publish("generate", settings, inputs=inputs, outputs={"recots": recots}, seed=key) as job:
+    asked = " ".join(sorted(splits))
+    with storage.publish(
+        "generate", settings, inputs=inputs, outputs={"recots": recots}, seed=f"{asked}/{shard}"
+    ) as job:
         # A context's own split is the earliest that uses it; later ones may, too.
         used = {
             row["context_id"]
             for row in schema.rows(examples, "examples", ["context_id", "split"])
             if row["split"] in splits
         }
-        rows = [row for row in schema.rows(contexts, "contexts") if row["context_id"] in used]
-        if not rows:
-            raise ValueError(f"{examples} has no example in the splits {key}")
+        if not used:
+            raise ValueError(f"{examples} has no example in the splits {asked}")
+        own = shard.own(used)
+        rows = schema.rows(contexts, "contexts", of_contexts=own)
+        if len(rows) < len(own):
+            raise ValueError(f"{contexts} lacks {len(own) - len(rows)} contexts of {examples}; give both of one run")
         rows.sort(key=lambda context: context["context_id"])
 
         def decode(
@@ -50,3 +60,4 @@ def run(
             return ((index, [completion]) for index, completion in found)
 
         write_recots(job, rows, decode, settings.engine, base_model, generator)
+        job.facts |= shard.facts()

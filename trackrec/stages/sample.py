@@ -8,6 +8,7 @@ from trackrec import seeds, storage
 from trackrec.config import SampleSettings
 from trackrec.data import schema
 from trackrec.llm.engine import Completion, Engine
+from trackrec.shards import WHOLE, Shard
 from trackrec.stages.decoding import write_recots
 
 
@@ -20,21 +21,31 @@ def run(
     recots: Path,
     seed: int = 0,
     iteration: int = 0,
+    shard: Shard = WHOLE,
 ) -> None:
     """Writes table `recots`: `settings.n` rows a context, samples 0…n-1.
 
     A sample's seed derives from run seed, iteration, context and sample, so the text does not depend on which other
-    contexts are sampled beside it. Facts: see `write_recots`.
+    contexts are sampled beside it.
+
+    Args:
+        shard: which of the contexts; the facts name it.
+
+    Facts: see `write_recots`.
 
     Raises:
         ValueError: there is no train context.
     """
     inputs = {"contexts": contexts, "base_model": base_model, "generator": generator}
-    key = f"{seed}/{iteration}"
+    key = f"{seed}/{iteration}/{shard}"
     with storage.publish("sample", settings, inputs=inputs, outputs={"recots": recots}, seed=key) as job:
-        chosen = draw_contexts(schema.rows(contexts, "contexts"), settings.max_contexts, seed, iteration)
-        if not chosen:
+        known = schema.rows(contexts, "contexts", ["context_id", "split"])
+        drawn = draw_contexts(known, settings.max_contexts, seed, iteration)
+        if not drawn:
             raise ValueError(f"{contexts} has no train context to sample")
+        own = shard.own(context["context_id"] for context in drawn)
+        chosen = schema.rows(contexts, "contexts", of_contexts=own)
+        chosen.sort(key=lambda context: context["context_id"])
 
         def decode(
             engine: Engine, names: list[str], prompts: list[list[int]]
@@ -49,6 +60,7 @@ def run(
             )
 
         write_recots(job, chosen, decode, settings.engine, base_model, generator)
+        job.facts |= shard.facts()
 
 
 def draw_contexts(contexts: list[dict[str, Any]], count: int | None, seed: int, iteration: int) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from trackrec.journal import Journal
 from trackrec.llm.chat import encode_rec
 from trackrec.llm.engine import open_engine
 from trackrec.progress import track
+from trackrec.shards import WHOLE, Shard
 
 Row = dict[str, Any]
 # Examples tokenised at once: bounds memory, and is many batches.
@@ -29,10 +30,16 @@ def run(
     base_model: Path,
     validator: Path,
     rewards: Path,
+    shard: Shard = WHOLE,
 ) -> None:
     """Writes table `rewards`: for each sampled context, each of its train examples with each of its RecCoTs.
 
-    A killed stage scores only what is left. Facts: `contexts`, `rows` (of `rewards`), `mean_reward`, and of this try
+    A killed stage scores only what is left.
+
+    Args:
+        shard: which of the sampled contexts; the facts name it.
+
+    Facts: `contexts`, `rows` (of `rewards`), `mean_reward`, and of this try
     `tokens` (a prompt's shared prefix counts once) and `tokens_per_second`.
 
     Raises:
@@ -45,16 +52,15 @@ def run(
         "base_model": base_model,
         "validator": validator,
     }
-    with storage.publish("score", settings, inputs=inputs, outputs={"rewards": rewards}) as job:
+    with storage.publish("score", settings, inputs=inputs, outputs={"rewards": rewards}, seed=str(shard)) as job:
+        own = shard.own(schema.read(recots, "recots", ["context_id"])["context_id"].unique().to_pylist())
         samples: dict[str, list[Row]] = defaultdict(list)
-        for row in schema.rows(recots, "recots", ["context_id", "sample", "text"]):
+        for row in schema.rows(recots, "recots", ["context_id", "sample", "text"], own):
             samples[row["context_id"]].append(row)
-        for own in samples.values():
-            own.sort(key=lambda row: row["sample"])
-        shown = {row["context_id"]: row for row in schema.rows(contexts, "contexts")}
-        asked = [
-            row for row in schema.rows(examples, "examples") if row["split"] == "train" and row["context_id"] in samples
-        ]
+        for texts in samples.values():
+            texts.sort(key=lambda row: row["sample"])
+        shown = {row["context_id"]: row for row in schema.rows(contexts, "contexts", of_contexts=own)}
+        asked = [row for row in schema.rows(examples, "examples", of_contexts=own) if row["split"] == "train"]
         asked.sort(key=lambda row: (row["context_id"], row["row_id"]))
         unscored = samples.keys() - {row["context_id"] for row in asked if row["context_id"] in shown}
         if unscored:
@@ -81,10 +87,10 @@ def run(
         job.facts |= {
             "contexts": len(samples),
             "rows": len(rows),
-            "mean_reward": fmean(row["reward"] for row in rows),
+            "mean_reward": fmean(row["reward"] for row in rows) if rows else 0.0,
             "tokens": tokens,
             "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-        }
+        } | shard.facts()
 
 
 def _score(

@@ -8,6 +8,7 @@ import pytest
 from trackrec import storage
 from trackrec.config import PreferencesSettings, ScoreSettings
 from trackrec.data import schema
+from trackrec.storage import publication
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +146,7 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path: Path) -> None:
 
 def test_other_code_does_not_go_on_with_unfinished_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for version, folders in (("1", 1), ("1", 1), ("2", 2)):
-        monkeypatch.setattr(storage, "code_version", lambda version=version: version)
+        monkeypatch.setattr(publication, "code_version", lambda version=version: version)
         with (
             pytest.raises(KeyboardInterrupt),
             storage.publish("score", ScoreSettings(), inputs={}, outputs={"o": tmp_path / "o"}) as job,

@@ -118,7 +118,7 @@ def publish(
             _refuse_occupied(target, stage, inputs)  # again: something may have come there since
         for target, folder in staging.items():
             folder.chmod(0o755)
-            _swap(folder, target)
+            swap(folder, target)
         shutil.rmtree(work, ignore_errors=True)
     finally:
         for folder in staging.values():
@@ -143,7 +143,7 @@ def _refuse_occupied(target: Path, stage: str, inputs: Mapping[str, Path]) -> No
         raise OccupiedError(f"{foreign} is no output of stage {stage!r}; give a new folder, or an empty one")
 
 
-def _swap(new: Path, target: Path) -> None:
+def swap(new: Path, target: Path) -> None:
     """Puts `new` in the place of `target`. A kill in between leaves nothing there, and what was there beside it."""
     if not target.exists():
         new.replace(target)

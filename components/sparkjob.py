@@ -1,0 +1,277 @@
+"""A Spark server for one stage: a SparkApplication of the Kubeflow Spark Operator, made, waited for, deleted.
+
+Its driver answers Spark Connect, so the stage's pod stays what reads inputs and publishes outputs, whatever the engine.
+This module lives in the pod of a task whose service account may handle SparkApplications.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import pyarrow.fs as pafs
+from kubernetes import config
+from kubernetes.client import ApiClient, ApiException, CoreV1Api, CustomObjectsApi
+from urllib3.exceptions import HTTPError
+
+from trackrec.config import DataSettings, SparkApplication, SparkSettings
+from trackrec.data.engine import to_bytes
+
+GROUP, VERSION, PLURAL = "sparkoperator.k8s.io", "v1beta2", "sparkapplications"
+PORT_KEY = "spark.connect.grpc.binding.port"
+_DEFAULTS = {PORT_KEY: "15002"}
+# What Spark's own server class does, which spark-submit refuses to run on Kubernetes. (The Connect plug-in would listen
+# before there is a session to serve.)
+_SCRIPT = """\
+import signal
+
+from pyspark.sql import SparkSession
+
+context = SparkSession.builder.getOrCreate().sparkContext
+context._jvm.org.apache.spark.sql.connect.service.SparkConnectService.start(context._jsc.sc())
+signal.pause()
+"""
+_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_POLL_SECONDS = 2.0
+# To connect, and to read.
+_TIMEOUT = (10, 60)
+_LAST_LINES = 30
+
+
+class SparkJobError(RuntimeError):
+    """The SparkApplication could not be made, or did not start; the message says what to mend."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    api: ApiClient
+    namespace: str
+
+
+def in_cluster() -> Cluster:
+    """The cluster this pod runs in, under its service account.
+
+    Raises:
+        SparkJobError: this is no pod, or one without a service account's token.
+    """
+    try:
+        config.load_incluster_config()
+        return Cluster(ApiClient(), _NAMESPACE.read_text(encoding="utf-8").strip())
+    except (config.ConfigException, OSError) as error:
+        raise SparkJobError(
+            f"`data.spark.application` needs a pod with a service account's token ({error}); elsewhere name a server "
+            "as `data.spark.remote`"
+        ) from None
+
+
+def manifest(name: str, script: str, application: SparkApplication) -> dict[str, Any]:
+    """The SparkApplication that runs `script` (a URI that its driver can read) as a Spark Connect server.
+
+    It belongs to the task's pod, so it goes when the run is deleted.
+    """
+    owners = []
+    if "KFP_POD_UID" in os.environ:
+        owner = {"name": os.environ["KFP_POD_NAME"], "uid": os.environ["KFP_POD_UID"]}
+        owners.append({"apiVersion": "v1", "kind": "Pod", **owner})
+    return {
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": "SparkApplication",
+        "metadata": {"name": name, "ownerReferences": owners},
+        "spec": {
+            "type": "Python",
+            "mode": "cluster",
+            "pythonVersion": "3",
+            "image": application.image,
+            "sparkVersion": application.version,
+            "mainApplicationFile": script,
+            "sparkConf": _DEFAULTS | application.conf,
+            # A driver that died has lost its tables; Kubeflow tries the stage again.
+            "restartPolicy": {"type": "Never"},
+            "driver": {
+                "cores": application.driver_cores,
+                "memory": _java(application.driver_memory),
+                "serviceAccount": application.service_account,
+            },
+            "executor": {
+                "instances": application.executors,
+                "cores": application.executor_cores,
+                "memory": _java(application.executor_memory),
+            },
+        },
+    }
+
+
+@contextlib.contextmanager
+def served(data: DataSettings, cluster: Cluster | None = None) -> Iterator[DataSettings]:
+    """`data` with a running server for its `spark.application`, which is deleted in the end, also on SIGTERM.
+
+    Settings without one are given back as they are.
+
+    Raises:
+        SparkJobError: as one line, what to mend.
+    """
+    application, scratch = data.spark.application, data.spark.scratch
+    if application is None or scratch is None:
+        yield data
+        return
+    job = _Job(cluster or in_cluster(), application, scratch.rstrip("/"))
+    with _sigterm_as_exit():
+        try:
+            url = job.start()
+            spark = SparkSettings(remote=url, scratch=scratch)
+            yield data.model_copy(update={"spark": spark})
+        finally:
+            job.delete()
+
+
+class _Job:
+    def __init__(self, cluster: Cluster, application: SparkApplication, scratch: str) -> None:
+        self.application = application
+        self.is_refused = False
+        self.name = f"trackrec-{uuid.uuid4().hex[:12]}"
+        self.namespace = cluster.namespace
+        self.at = {"group": GROUP, "version": VERSION, "namespace": cluster.namespace, "plural": PLURAL}
+        self.custom = CustomObjectsApi(cluster.api)
+        self.core = CoreV1Api(cluster.api)
+        uri = scratch if "://" in scratch else Path(scratch).resolve().as_uri()
+        self.files, self.folder = pafs.FileSystem.from_uri(f"{uri}/{self.name}")
+        # On a volume the driver has the script at the same path.
+        self.script = f"{uri}/{self.name}/connect.py" if "://" in scratch else f"local://{self.folder}/connect.py"
+
+    def start(self) -> str:
+        """Makes the application; returns the address of its server once that answers."""
+        self.files.create_dir(self.folder)
+        with self.files.open_output_stream(f"{self.folder}/connect.py") as file:
+            file.write(_SCRIPT.encode())
+        body = manifest(self.name, self.script, self.application)
+        try:
+            self.custom.create_namespaced_custom_object(**self.at, body=body, _request_timeout=_TIMEOUT)
+        except (ApiException, HTTPError) as error:
+            self.is_refused = isinstance(error, ApiException)
+            raise self._explained(error) from None
+        print(f"SparkApplication {self.name}: made", flush=True)
+        deadline = time.monotonic() + self.application.start_timeout_s
+        state, pod = "", ""
+        while time.monotonic() < deadline:
+            status = self._status()
+            now = status.get("applicationState", {})
+            if now.get("state", "") != state:
+                state = now.get("state", "")
+                print(f"SparkApplication {self.name}: {state}", flush=True)
+            pod = status.get("driverInfo", {}).get("podName", "")
+            if state in ("FAILED", "SUBMISSION_FAILED", "COMPLETED", "FAILING", "SUCCEEDING"):
+                self._print_last_lines(pod)
+                why = now.get("errorMessage") or "its driver's last lines stand above"
+                raise SparkJobError(f"SparkApplication {self.name} is {state} and serves nothing: {why}")
+            if state == "RUNNING" and pod and (url := self._answering(pod)):
+                threading.Thread(target=self._follow, args=(pod,), daemon=True).start()
+                return url
+            time.sleep(_POLL_SECONDS)
+        self._print_last_lines(pod)
+        raise SparkJobError(
+            f"SparkApplication {self.name} is {state or 'not looked at by the operator'} and does not answer after "
+            f"{self.application.start_timeout_s} s; is the Spark Operator installed for namespace {self.namespace}, "
+            "and is there room for the driver? (`data.spark.application.start_timeout_s`)"
+        )
+
+    def delete(self) -> None:
+        """Deletes the application, its pods and its folder; what is there no more is no fault."""
+        try:
+            if not self.is_refused:
+                self.custom.delete_namespaced_custom_object(**self.at, name=self.name, _request_timeout=_TIMEOUT)
+        except (ApiException, HTTPError) as error:
+            if not (isinstance(error, ApiException) and error.status == 404):
+                print(f"SparkApplication {self.name} is not deleted: {_line(error)}; `kubectl delete` it", flush=True)
+        with contextlib.suppress(OSError):
+            self.files.delete_dir(self.folder)
+
+    def _status(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self.custom.get_namespaced_custom_object(
+                **self.at, name=self.name, _request_timeout=_TIMEOUT
+            )
+        except (ApiException, HTTPError) as error:
+            if isinstance(error, ApiException) and error.status in (401, 403, 404):
+                raise self._explained(error) from None
+            return {}  # the control plane is away for a moment
+        status: dict[str, Any] = found.get("status") or {}
+        return status
+
+    def _answering(self, pod: str) -> str | None:
+        """The server's address if something listens there."""
+        try:
+            ip = self.core.read_namespaced_pod(pod, self.namespace, _request_timeout=_TIMEOUT).status.pod_ip
+        except (ApiException, HTTPError) as error:
+            if isinstance(error, ApiException) and error.status in (401, 403):
+                raise self._explained(error) from None
+            return None
+        port = (_DEFAULTS | self.application.conf)[PORT_KEY]
+        if not ip:
+            return None
+        with contextlib.suppress(OSError), socket.create_connection((ip, int(port)), timeout=_POLL_SECONDS):
+            return f"sc://{f'[{ip}]' if ':' in ip else ip}:{port}"
+        return None
+
+    def _follow(self, pod: str) -> None:
+        """Prints the driver's log as it is written."""
+        with contextlib.suppress(ApiException, HTTPError, OSError):
+            log = self.core.read_namespaced_pod_log(pod, self.namespace, follow=True, _preload_content=False)
+            for line in log:
+                print(f"[spark] {line.decode(errors='replace').rstrip()}", flush=True)
+
+    def _print_last_lines(self, pod: str) -> None:
+        if not pod:
+            return
+        with contextlib.suppress(ApiException, HTTPError):
+            log = self.core.read_namespaced_pod_log(
+                pod, self.namespace, tail_lines=_LAST_LINES, _request_timeout=_TIMEOUT
+            )
+            for line in log.splitlines():
+                print(f"[spark] {line}", flush=True)
+
+    def _explained(self, error: ApiException | HTTPError) -> SparkJobError:
+        status = error.status if isinstance(error, ApiException) else None
+        if status == 404:
+            return SparkJobError(
+                f"namespace {self.namespace}: no SparkApplication {self.name}, or the cluster knows no {PLURAL}.{GROUP}"
+                "; install the Kubeflow Spark Operator"
+            )
+        if status in (401, 403):
+            return SparkJobError(
+                f"the stage may not handle SparkApplications or their pods in namespace {self.namespace}: "
+                f"{_line(error)}; give its service account the rights of docs/data.md, Engines"
+            )
+        return SparkJobError(f"SparkApplication {self.name}: {_line(error)}")
+
+
+def _java(memory: str) -> str:
+    """A Kubernetes quantity as Java's: whole mebibytes."""
+    return f"{to_bytes(memory) >> 20}m"
+
+
+def _line(error: ApiException | HTTPError) -> str:
+    text = error.reason if isinstance(error, ApiException) else str(error)
+    return " ".join(str(text).split())
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """A cancelled task's pod gets SIGTERM, and half a minute."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the deletion is not to be cut short
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
