@@ -22,6 +22,8 @@ class Nodes(Settings):
     # At /tmp and at /dev/shm: Kubeflow hands no emptyDir over.
     scratch: Memory
     shm: Memory | None = None
+    # Of each node's pod, as of the task's own.
+    labels: dict[str, str]
 
 
 def launcher(stage: str, task_config: dsl.TaskConfig) -> Callable[..., dict[str, Any]]:

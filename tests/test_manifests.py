@@ -92,7 +92,7 @@ def test_what_kustomize_makes_is_valid(folder: str, release: str) -> None:
         except kubernetes_validate.SchemaNotFoundError:
             unknown.add(item["kind"])
     # Custom resources have no schema in Kubernetes.
-    assert unknown == ({"PodMonitor"} if folder in WITH_ALL else set())
+    assert unknown == ({"PodMonitor", "TrainingRuntime"} if folder in WITH_ALL else set())
 
 
 @needs_kubectl
@@ -129,10 +129,18 @@ def test_all_lies_in_one_namespace(folder: str) -> None:
         assert {subject.get("namespace") for subject in binding["subjects"]} <= {NAMESPACES[folder], None}
 
 
+def pods_of(item: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a Job's or a Deployment's pods are, or those of a training's nodes."""
+    template = item.get("spec", {}).get("template")
+    if item["kind"] == "TrainingRuntime":
+        return [job["template"]["spec"]["template"]["spec"] for job in template["spec"]["replicatedJobs"]]
+    return [template["spec"]] if template else []
+
+
 @needs_kubectl
 @folders
 def test_every_pod_is_restricted(folder: str) -> None:
-    pods = [item["spec"]["template"]["spec"] for item in made(folder) if "template" in item.get("spec", {})]
+    pods = [pod for item in made(folder) for pod in pods_of(item)]
     assert pods
     for pod in pods:
         assert violations(pod) == []

@@ -20,7 +20,9 @@ from trackrec.align.launching import launch
 from trackrec.stages.node import LOST, OnNodes
 
 NAME = "sdpo-0123456789abcdef"
-ASKED = nodes.Nodes(count=2, image="registry/train:sdpo-1", scratch="200Gi", shm="64Gi")
+ASKED = nodes.Nodes(
+    count=2, image="registry/train:sdpo-1", scratch="200Gi", shm="64Gi", labels={"trackrec/stage": "sdpo"}
+)
 # As Kubeflow's driver writes it (its Go structs as JSON).
 HANDED = dsl.TaskConfig(
     affinity=None,
@@ -85,7 +87,9 @@ def test_the_job_asks_for_all_that_the_tasks_pod_was_to_have(monkeypatch: pytest
     }
     [patch] = job["spec"]["runtimePatches"]
     [replicated] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    pod = replicated["template"]["spec"]["template"]["spec"]
+    template = replicated["template"]["spec"]["template"]
+    assert template["metadata"]["labels"] == {"trackrec/stage": "sdpo"}
+    pod = template["spec"]
     assert pod["nodeSelector"] == HANDED.node_selector
     assert pod["tolerations"] == HANDED.tolerations
     assert {volume["name"]: volume for volume in pod["volumes"]} == {
@@ -290,7 +294,7 @@ def test_a_task_trains_on_nodes_only_if_kubeflow_handed_it_some() -> None:
 
 
 def test_the_runtime_in_the_manifests_is_the_one_that_jobs_name() -> None:
-    text = (ROOT / "manifests" / "training-runtime" / "training-runtime.yaml").read_text(encoding="utf-8")
+    text = (ROOT / "manifests/components/trainjob/training-runtime.yaml").read_text(encoding="utf-8")
     given = yaml.safe_load(text)
     # Their models keep nothing they do not know.
     assert TrainerV1alpha1TrainingRuntime.from_dict(given).to_dict() == given
