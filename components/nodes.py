@@ -9,7 +9,7 @@ from typing import Any
 
 from kfp import dsl
 
-from trackrec.config import Memory, Positive, Settings, Text
+from trackrec.config import Memory, Positive, Settings, Text, Trained
 
 ENV = "TRACKREC_NODES"
 
@@ -26,7 +26,7 @@ class Nodes(Settings):
     labels: dict[str, str]
 
 
-def launcher(stage: str, task_config: dsl.TaskConfig) -> Callable[..., dict[str, Any]]:
+def launcher(stage: Trained, task_config: dsl.TaskConfig) -> Callable[..., dict[str, Any]]:
     """How `stage` starts its training, a `trackrec.align.launching.Launch`: here, or on the nodes its task asks for."""
     # Imports stand where they are needed: a pipeline is compiled without torch, and a training in one pod does not wait
     # for the Kubernetes client.
