@@ -15,6 +15,8 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 Split = Literal["train", "valid", "test"]
+# The stages that train with torch's launcher, on all GPUs of a pod or on several nodes.
+Trained = Literal["sft_generator", "sdpo", "rec_tune"]
 
 
 def unquoted(given: object) -> object:
