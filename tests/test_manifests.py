@@ -134,11 +134,7 @@ def test_all_lies_in_one_namespace(folder: str) -> None:
 @needs_kubectl
 @folders
 def test_every_pod_is_restricted(folder: str) -> None:
-    pods = [named(made(folder), "Job", "trackrec-claims")["spec"]["template"]["spec"]]
-    if folder in WITH_ALL:
-        (runtime,) = [item for item in made(folder) if item["kind"] == "TrainingRuntime"]
-        jobs = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-        pods += [job["template"]["spec"]["template"]["spec"] for job in jobs]
+    pods = [pod for item in made(folder) for pod in pods_of(item)]
     assert len(pods) == len(re.findall(r"^ +containers:$", _made(folder), re.M))
     for pod in pods:
         assert violations(pod) == []
