@@ -131,6 +131,14 @@ def test_all_lies_in_one_namespace(folder: str) -> None:
         assert {subject.get("namespace") for subject in binding["subjects"]} <= {NAMESPACES[folder], None}
 
 
+def pods_of(item: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a Job's or a Deployment's pods are, or those of a training's nodes."""
+    template = item.get("spec", {}).get("template")
+    if item["kind"] == "TrainingRuntime":
+        return [job["template"]["spec"]["template"]["spec"] for job in template["spec"]["replicatedJobs"]]
+    return [template["spec"]] if template else []
+
+
 @needs_kubectl
 @folders
 def test_every_pod_is_restricted(folder: str) -> None:
