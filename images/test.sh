@@ -47,7 +47,7 @@ small=python3,python3-venv,ca-certificates
 for image in "$@"; do
   from=trackrec-base packages=$small options=()
   case $image in
-    data) locks=(data) ;;
+    data) locks=(build data) ;;
     rank) locks=(rank torch) options=(--option=--build-arg=ACCELERATOR=cpu) ;;
     # These have a compiler, which a build without a network can only have from its base.
     train)
@@ -64,6 +64,8 @@ for image in "$@"; do
     --option=--quiet --option=--network=none --option="--volume=$cache/wheels:/wheels:ro" \
     --option="--volume=$scratch/pip.conf:/etc/pip.conf:ro" "${options[@]}"
 done
+# Weights are written for their owner alone; the images' user is another.
+chmod -R a+rX "${TRACKREC_CACHE:-.cache}"/{ml-100k,smollm2-135m-instruct,all-minilm-l6-v2}
 TRACKREC_IMAGES="$*" "$python" -m pytest tests/images
 # What the last builds share stays, so that a changed source is built in seconds.
 podman image prune --force --filter until=24h >/dev/null

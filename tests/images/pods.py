@@ -12,6 +12,7 @@ import yaml
 from kfp import components, local
 from kfp.local import config, pipeline_orchestrator, status, subprocess_task_handler
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
+from kubernetes.utils import parse_quantity
 
 # Whatever the image and the node: no network, no root, no writable place but what the IR mounts.
 OPTIONS = ("--rm", "--pull=never", "--network=none", "--read-only", "--read-only-tmpfs=false")
@@ -71,11 +72,13 @@ class Pods:
     def _options(self, container: dict[str, Any], platform: dict[str, Any]) -> list[str]:
         options = list(OPTIONS)
         if limit := container.get("resources", {}).get("resourceMemoryLimit"):
-            options.append(f"--memory={_bytes(limit)}")
+            options.append(f"--memory={parse_quantity(limit)}")
+        if context := platform.get("securityContext"):
+            options.append(f"--user={context['runAsUser']}:{context['runAsGroup']}")
         for mount in platform.get("emptyDirMounts", []):
-            size = f",size={_bytes(mount['sizeLimit'])}" if "sizeLimit" in mount else ""
+            size = f",size={parse_quantity(mount['sizeLimit'])}" if "sizeLimit" in mount else ""
             if mount["mountPath"] == "/dev/shm":
-                options.append(f"--shm-size={_bytes(mount['sizeLimit'])}")
+                options.append(f"--shm-size={parse_quantity(mount['sizeLimit'])}")
             else:
                 options.append(f"--tmpfs={mount['mountPath']}:mode=1777{size}")
         for mount in platform.get("pvcMount", []):
@@ -113,8 +116,3 @@ def _executors_are_pods(pods: Pods) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess_task_handler, "SubprocessTaskHandler", Pod)
         yield
-
-
-def _bytes(quantity: str) -> int:
-    """Of a Kubernetes quantity such as 20Gi."""
-    return int(quantity.removesuffix("Gi")) * 2**30 if quantity.endswith("Gi") else int(quantity)
