@@ -48,13 +48,13 @@ def alone(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return rec_tune.train(RecTuneSettings(**SETTINGS), inputs, root / "out", root / "work", 5), root / "out"
 
 
-def call_for(inputs: dict[str, Path], root: Path, **changes: Any) -> Path:
+def call_for(inputs: dict[str, Path], root: Path) -> Path:
     """A call as the stage writes it."""
     (root / "out").mkdir()
     call = node.Call(
         stage="rec_tune",
         name="test",
-        settings=RecTuneSettings(**SETTINGS | changes).model_dump(mode="json"),
+        settings=RecTuneSettings(**SETTINGS).model_dump(mode="json"),
         inputs=inputs,
         out=root / "out",
         work=root / "work",
@@ -131,10 +131,10 @@ def logs(root: Path) -> str:
     return "\n".join(path.read_text() for path in sorted(root.glob("node-*.log")))
 
 
-def test_two_nodes_under_deepspeed_train_as_one_process(
+def test_two_nodes_train_as_one_process(
     inputs: dict[str, Path], alone: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
-    call, address = call_for(inputs, tmp_path, deepspeed="zero3"), free_address()
+    call, address = call_for(inputs, tmp_path), free_address()
     nodes = [start(rank, call, address) for rank in (0, 1)]
     assert [process.wait(PATIENCE) for process in nodes] == [0, 0], logs(tmp_path)
     assert check_like_alone(tmp_path, alone)["resumed_from_step"] == 0
