@@ -59,7 +59,7 @@ def test_a_run_takes_its_inputs_from_a_bucket(bucket: str, tmp_path: Path) -> No
     model = write(tmp_path / "model", MODEL)
     uri = storage.upload(model, f"{bucket}/models/tiny")
     overrides = {"raw_data": f"{bucket}/ml-100k.zip", "base_model": uri}
-    found = local_inputs(config_file.load(CONFIGS / "quickstart.yaml", overrides), ["raw_data", "base_model"])
-    assert found["raw_data_version"] == storage.content_hash(raw)
-    assert found["base_model_version"] == storage.content_hash(model)
+    found, versions = local_inputs(config_file.load(CONFIGS / "quickstart.yaml", overrides), ["raw_data", "base_model"])
+    assert versions["raw_data_version"] == storage.content_hash(raw)
+    assert versions["base_model_version"] == storage.content_hash(model)
     assert Path(found["raw_data"]).read_bytes() == b"raw" and files_of(Path(found["base_model"])) == MODEL
