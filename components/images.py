@@ -39,7 +39,7 @@ IMAGE_OF = {
 
 # The files of `requirements/` that an image installs.
 LOCKS_OF = {
-    "data": ("data",),
+    "data": ("build", "data"),
     "train": ("build", "train", "cuda", "torch"),
     "generate": ("generate", "generate-torch"),
     "rank": ("rank", "cuda", "torch"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from kfp import dsl
 
-from trackrec.config import Memory, Positive, Settings, Text
+from trackrec.config import Memory, Positive, Settings, Text, Trained
 
 ENV = "TRACKREC_NODES"
 
@@ -22,9 +22,11 @@ class Nodes(Settings):
     # At /tmp and at /dev/shm: Kubeflow hands no emptyDir over.
     scratch: Memory
     shm: Memory | None = None
+    # Of each node's pod, as of the task's own.
+    labels: dict[str, str]
 
 
-def launcher(stage: str, task_config: dsl.TaskConfig) -> Callable[..., dict[str, Any]]:
+def launcher(stage: Trained, task_config: dsl.TaskConfig) -> Callable[..., dict[str, Any]]:
     """How `stage` starts its training, a `trackrec.align.launching.Launch`: here, or on the nodes its task asks for."""
     # Imports stand where they are needed: a pipeline is compiled without torch, and a training in one pod does not wait
     # for the Kubernetes client.

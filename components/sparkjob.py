@@ -39,6 +39,13 @@ context = SparkSession.builder.getOrCreate().sparkContext
 context._jvm.org.apache.spark.sql.connect.service.SparkConnectService.start(context._jsc.sc())
 signal.pause()
 """
+# What the Pod Security Standard "restricted" asks for; Spark's images name their user themselves.
+_RESTRICTED = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "runAsNonRoot": True,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _POLL_SECONDS = 2.0
 # To connect, and to read.
@@ -99,11 +106,13 @@ def manifest(name: str, script: str, application: SparkApplication) -> dict[str,
                 "cores": application.driver_cores,
                 "memory": _java(application.driver_memory),
                 "serviceAccount": application.service_account,
+                "securityContext": _RESTRICTED,
             },
             "executor": {
                 "instances": application.executors,
                 "cores": application.executor_cores,
                 "memory": _java(application.executor_memory),
+                "securityContext": _RESTRICTED,
             },
         },
     }
@@ -208,7 +217,10 @@ class _Job:
     def _answering(self, pod: str) -> str | None:
         """The server's address if something listens there."""
         try:
-            ip = self.core.read_namespaced_pod(pod, self.namespace, _request_timeout=_TIMEOUT).status.pod_ip
+            one = {"field_selector": f"metadata.name={pod}", "_request_timeout": _TIMEOUT}
+            [ip] = [found.status.pod_ip for found in self.core.list_namespaced_pod(self.namespace, **one).items] or [
+                None
+            ]
         except (ApiException, HTTPError) as error:
             if isinstance(error, ApiException) and error.status in (401, 403):
                 raise self._explained(error) from None
@@ -247,7 +259,7 @@ class _Job:
         if status in (401, 403):
             return SparkJobError(
                 f"the stage may not handle SparkApplications or their pods in namespace {self.namespace}: "
-                f"{_line(error)}; give its service account the rights of docs/data.md, Engines"
+                f"{_line(error)}; bind its service account to the Role `trackrec-spark`"
             )
         return SparkJobError(f"SparkApplication {self.name}: {_line(error)}")
 

@@ -1,6 +1,6 @@
 """A command on several nodes, as a TrainJob of Kubeflow Trainer 2: made, watched to its end, deleted.
 
-The nodes' pods come from the TrainingRuntime `trackrec` (`manifests/training-runtime`), which says what becomes of a
+The nodes' pods come from the TrainingRuntime `trackrec` (`manifests/components/trainjob`), which says what becomes of a
 pod that fails or is lost. This module lives in the pod of a task whose service account may handle TrainJobs.
 """
 
@@ -87,7 +87,8 @@ def manifest(name: str, command: list[str], nodes: Nodes, task: dsl.TaskConfig) 
         "tolerations": task.tolerations,
         "affinity": task.affinity,
     }
-    patch = {"template": {"spec": {"template": {"spec": pod}}}, "name": NODE}
+    template = {"metadata": {"labels": nodes.labels}, "spec": pod}
+    patch = {"template": {"spec": {"template": template}}, "name": NODE}
     owners = []
     if "KFP_POD_UID" in os.environ:
         owner = {"name": os.environ["KFP_POD_NAME"], "uid": os.environ["KFP_POD_UID"]}

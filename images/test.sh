@@ -47,7 +47,7 @@ small=python3,python3-venv,ca-certificates
 for image in "$@"; do
   from=trackrec-base packages=$small options=()
   case $image in
-    data) locks=(data) ;;
+    data) locks=(build data) ;;
     rank) locks=(rank torch) options=(--option=--build-arg=ACCELERATOR=cpu) ;;
     # These have a compiler, which a build without a network can only have from its base.
     train)

@@ -16,8 +16,8 @@ import urllib3
 from kfp.client import ServiceAccountTokenVolumeCredentials
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-# Seconds that one call may take. A list of runs on a busy cluster takes several.
-TIMEOUT = 30.0
+# Seconds to connect, and to answer (a list of runs takes several). The generated client ignores a float.
+TIMEOUT = (10.0, 30.0)
 ATTEMPTS = 4
 # What passes by itself: too many requests, and a server that is restarting or out of reach.
 _PASSING = (429, 502, 503, 504)
@@ -230,7 +230,12 @@ class Cluster:
 
         def answer() -> urllib3.BaseHTTPResponse:
             got = self.api.rest_client.pool_manager.request(
-                "POST", f"{self.host}{path}", body=body, headers=headers, timeout=TIMEOUT, redirect=False
+                "POST",
+                f"{self.host}{path}",
+                body=body,
+                headers=headers,
+                timeout=urllib3.Timeout(*TIMEOUT),
+                redirect=False,
             )
             if got.status != 200:
                 raise api.ApiException(status=got.status, reason=got.reason)
@@ -287,10 +292,10 @@ class Cluster:
             status = error.status or 0
             means = _MEANING.get(503 if status in _PASSING else status, "the server failed")
             raise ClusterError(f"cannot {what}: {means} (HTTP {status}: {_reason(error)})", status) from error
-        except urllib3.exceptions.TimeoutError as error:
-            hint = "" if again else "; it may have been done all the same: look before you try again"
-            raise ClusterError(f"cannot {what}: no answer within {TIMEOUT:g} s{hint}") from error
         except urllib3.exceptions.HTTPError as error:
+            if _is_timeout(error):
+                hint = "" if again else "; it may have been done all the same: look before you try again"
+                raise ClusterError(f"cannot {what}: no answer within {TIMEOUT[1]:g} s{hint}") from error
             where = getattr(self, "host", "") or "the cluster"
             raise ClusterError(
                 f"cannot {what}: {where} cannot be reached; give --host or set KF_PIPELINES_ENDPOINT ({_short(error)})"
@@ -305,10 +310,13 @@ def _asks_once(client: api.ApiClient) -> None:
 def _passes(error: BaseException) -> bool:
     if isinstance(error, api.ApiException):
         return error.status in _PASSING
-    # A refused connection will be refused again.
-    return isinstance(error, urllib3.exceptions.TimeoutError | urllib3.exceptions.ProtocolError) and not isinstance(
-        error, urllib3.exceptions.NewConnectionError
-    )
+    return isinstance(error, urllib3.exceptions.ProtocolError) or _is_timeout(error)
+
+
+def _is_timeout(error: BaseException) -> bool:
+    # A refused connection is a kind of time-out to urllib3, and will be refused again.
+    refused = isinstance(error, urllib3.exceptions.NewConnectionError)
+    return isinstance(error, urllib3.exceptions.TimeoutError) and not refused
 
 
 def _reason(error: api.ApiException) -> str:

@@ -45,9 +45,8 @@ def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") ->
         task.set_accelerator_type(resources.accelerator.type)
         task.set_accelerator_limit(resources.accelerator.count)
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
-    kubernetes.add_pod_label(task, STAGE_LABEL, stage)
-    if resources.priority_class:
-        kubernetes.add_pod_label(task, PRIORITY_LABEL, resources.priority_class)
+    for label, value in _labels(stage, resources).items():
+        kubernetes.add_pod_label(task, label, value)
     for label, value in resources.node_selector.items():
         kubernetes.add_node_selector(task, label, value)
     for toleration in resources.tolerations:
@@ -71,13 +70,23 @@ def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") ->
     for secret in resources.secrets:
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.env})
     if resources.nodes > 1:
-        _on_nodes(task, resources, images.tagged(stage, config.registry))
+        _on_nodes(task, stage, resources, images.tagged(stage, config.registry))
     return task
 
 
-def _on_nodes(task: PipelineTask, resources: Resources, image: str) -> None:
+def _labels(stage: str, resources: Resources) -> dict[str, str]:
+    return {STAGE_LABEL: stage} | ({PRIORITY_LABEL: resources.priority_class} if resources.priority_class else {})
+
+
+def _on_nodes(task: PipelineTask, stage: str, resources: Resources, image: str) -> None:
     """Has Kubeflow hand the pod's resources to the component, for the nodes that it starts (`components.nodes`)."""
-    asked = nodes.Nodes(count=resources.nodes, image=image, scratch=resources.ephemeral_storage, shm=resources.shm)
+    asked = nodes.Nodes(
+        count=resources.nodes,
+        image=image,
+        scratch=resources.ephemeral_storage,
+        shm=resources.shm,
+        labels=_labels(stage, resources),
+    )
     task.set_env_variable(nodes.ENV, asked.model_dump_json(exclude_none=True))
     # Declared on the component it would take the GPUs of the tasks that run in one pod.
     task.component_spec = dataclasses.replace(task.component_spec, task_config_passthroughs=_HANDED_OVER)

@@ -39,7 +39,7 @@ def configured(task: TaskRecord, path: Path, overrides: dict[str, Any]) -> RunCo
     Raises:
         ConfigError: an override is of another stage's settings, or breaks a rule.
     """
-    keys = {"settings": task.stage, "seed": "seed"}
+    keys = {"settings": task.stage, "data": "data", "seed": "seed"}
     own = [key for parameter, key in keys.items() if parameter in task.parameters] + [f"resources.{task.stage}"]
     for key in overrides:
         if not any(f"{key}.".startswith(f"{section}.") for section in own):

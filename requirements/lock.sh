@@ -40,7 +40,7 @@ compile --generate-hashes --no-deps "$scratch/cuda.in" >requirements/cuda.txt
 # Built against torch, one build for each of its own.
 builds="torch torchaudio torchcodec torchvision"
 apart="$builds $(sed 's/==.*//' "$scratch/cuda.in" | xargs)"
-resolve data data --constraint requirements/dev.txt
+resolve data data,engines --constraint requirements/dev.txt
 resolve train train,deepspeed,trainjob,gcs --constraint requirements/dev.txt
 resolve rank rank,gcs --constraint requirements/dev.txt
 # It wants the local version `+cpu`, which few indexes serve; that build is what torch.txt gets on an index of CPU builds.

@@ -14,8 +14,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from components import sparkjob
 from components.images import ROOT
 from trackrec import config_file, profile
+from trackrec.config import SparkApplication
 from trackrec.run_config import Resources, StageResources
 
 from .pod_security import violations
@@ -92,7 +94,7 @@ def test_what_kustomize_makes_is_valid(folder: str, release: str) -> None:
         except kubernetes_validate.SchemaNotFoundError:
             unknown.add(item["kind"])
     # Custom resources have no schema in Kubernetes.
-    assert unknown == ({"PodMonitor"} if folder in WITH_ALL else set())
+    assert unknown == ({"PodMonitor", "TrainingRuntime"} if folder in WITH_ALL else set())
 
 
 @needs_kubectl
@@ -132,8 +134,12 @@ def test_all_lies_in_one_namespace(folder: str) -> None:
 @needs_kubectl
 @folders
 def test_every_pod_is_restricted(folder: str) -> None:
-    pods = [item["spec"]["template"]["spec"] for item in made(folder) if "template" in item.get("spec", {})]
-    assert pods
+    pods = [named(made(folder), "Job", "trackrec-claims")["spec"]["template"]["spec"]]
+    if folder in WITH_ALL:
+        (runtime,) = [item for item in made(folder) if item["kind"] == "TrainingRuntime"]
+        jobs = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+        pods += [job["template"]["spec"]["template"]["spec"] for job in jobs]
+    assert len(pods) == len(re.findall(r"^ +containers:$", _made(folder), re.M))
     for pod in pods:
         assert violations(pod) == []
         assert all(c["securityContext"]["readOnlyRootFilesystem"] for c in pod["containers"])
@@ -163,6 +169,12 @@ def test_a_stages_pod_is_restricted_by_what_its_ir_adds() -> None:
     assert violations(pod) == ["main: runAsNonRoot"]
     pod["containers"][0]["securityContext"] |= IDENTITY
     assert violations(pod) == []
+
+
+def test_sparks_pods_are_restricted() -> None:
+    spec = sparkjob.manifest("s", "local:///s.py", SparkApplication())["spec"]
+    for part in ("driver", "executor"):
+        assert violations({"containers": [{"name": part, "securityContext": spec[part]["securityContext"]}]}) == []
 
 
 @pytest.mark.parametrize(
@@ -199,7 +211,7 @@ RIGHTS = {
     "trackrec": ({"workflowtaskresults"}, {"configmaps", "pods"}),
     "trackrec-trainjob": ({"trainjobs"}, {"pods", "pods/log"}),
     "trackrec-spark": ({"sparkapplications"}, {"pods", "pods/log"}),
-    "trackrec-spark-driver": ({"pods", "services", "configmaps", "persistentvolumeclaims"}, set()),
+    "spark": ({"pods", "services", "configmaps", "persistentvolumeclaims"}, set()),
 }
 # By folder: the one secret that Kubeflow's launcher reads itself there.
 READ_SECRETS = {"overlays/on-prem": ["trackrec-object-store"], "overlays/local": ["mlpipeline-minio-artifact"]}
@@ -225,7 +237,7 @@ def test_no_more_rights_than_stated(folder: str) -> None:
         assert secrets == (READ_SECRETS.get(folder, []) if name == "trackrec" else [])
         binding = named(items, "RoleBinding", name)
         assert binding["roleRef"]["name"] == name
-        account = "trackrec-spark-driver" if name == "trackrec-spark-driver" else "trackrec"
+        account = SparkApplication().service_account if name == "spark" else "trackrec"
         assert [(s["kind"], s["name"]) for s in binding["subjects"]] == [("ServiceAccount", account)]
         assert account in names(items, "ServiceAccount")
 

@@ -15,6 +15,8 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 Split = Literal["train", "valid", "test"]
+# The stages that train with torch's launcher, on all GPUs of a pod or on several nodes.
+Trained = Literal["sft_generator", "sdpo", "rec_tune"]
 
 
 def unquoted(given: object) -> object:
@@ -65,8 +67,8 @@ class SparkApplication(Settings):
     # Spark 4 with the Connect server, and with what `scratch` needs (for gs:// the Cloud Storage connector).
     image: Text = "apache/spark:4.0.1"
     version: Text = "4.0.1"
-    # Has the right to make pods, which Spark's driver needs for its executors.
-    service_account: Text = "spark"
+    # Has the right to make pods, which Spark's driver needs for its executors (manifests/components/spark).
+    service_account: Text = "trackrec-spark-driver"
     driver_cores: Positive = 2
     driver_memory: Memory = "8Gi"
     executors: Positive = 4

@@ -32,6 +32,7 @@ from trackrec.config import (
     SftSettings,
     Text,
     TrainCtrSettings,
+    Trained,
     TrainingSettings,
     Version,
     unquoted,
@@ -41,8 +42,7 @@ from trackrec.config import (
 Cores = Annotated[str, BeforeValidator(unquoted), Field(pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$")]
 
 
-# The stages that train with torch's launcher, on all GPUs of a pod or on several nodes.
-TRAINED = ("sft_generator", "sdpo", "rec_tune")
+TRAINED = get_args(Trained)
 
 
 class LoopSettings(Settings):

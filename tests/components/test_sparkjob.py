@@ -45,8 +45,9 @@ class Operator:
         one = re.compile(f"^{APPLICATIONS}/trackrec-[0-9a-f]{{12}}$")
         server.expect_request(one, method="GET").respond_with_handler(self._get)
         server.expect_request(one, method="DELETE").respond_with_handler(self._delete)
-        pod = {"kind": "Pod", "metadata": {"name": "the-driver"}, "status": {"podIP": "127.0.0.1"}}
-        server.expect_request(f"{PODS}/the-driver", method="GET").respond_with_json(pod)
+        pods = {"kind": "PodList", "items": [{"metadata": {"name": "the-driver"}, "status": {"podIP": "127.0.0.1"}}]}
+        one_pod = {"fieldSelector": "metadata.name=the-driver"}
+        server.expect_request(PODS, method="GET", query_string=one_pod).respond_with_json(pods)
         server.expect_request(f"{PODS}/the-driver/log").respond_with_handler(lambda _: Response(self.log))
         self.cluster = Cluster(ApiClient(Configuration(host=server.url_for("").rstrip("/"))), "team")
 
@@ -144,6 +145,7 @@ def test_the_manifest_says_what_the_settings_say(
         {"apiVersion": "v1", "kind": "Pod", "name": "run-1-ingest", "uid": "0-1"}
     ]
     spec = operator.body["spec"]
+    assert spec["driver"].pop("securityContext") == spec["executor"].pop("securityContext")
     assert spec["driver"] == {"cores": 1, "memory": "3072m", "serviceAccount": "driver"}
     assert spec["executor"] == {"instances": 3, "cores": 5, "memory": "7168m"}
     assert (spec["image"], spec["sparkVersion"], spec["mode"]) == ("spark:own", "4.0.1", "cluster")
@@ -187,7 +189,7 @@ def test_an_application_that_nobody_looks_at_is_given_up(tmp_path: Path, httpser
 @pytest.mark.parametrize(
     ("status", "match"),
     [
-        (403, r"may not handle SparkApplications .* in namespace team: FORBIDDEN; give its service account"),
+        (403, r"may not handle SparkApplications .* in namespace team: FORBIDDEN; bind its service account"),
         (404, r"the cluster knows no sparkapplications\.sparkoperator\.k8s\.io; install the Kubeflow Spark Operator"),
         (422, r"^SparkApplication trackrec-\w+: UNPROCESSABLE ENTITY$"),
     ],

@@ -6,17 +6,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import kubernetes_validate
 import pytest
+import yaml
 from kfp import dsl
+from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import TrainerV1alpha1TrainingRuntime
 from kubernetes.client import ApiClient, Configuration
 
 from components import nodes, trainjob
+from components.images import ROOT
 from tests.components.kubernetes_api import NAMESPACE, KubernetesApi
 from trackrec.align.launching import launch
-from trackrec.stages.node import OnNodes
+from trackrec.stages.node import LOST, OnNodes
 
 NAME = "sdpo-0123456789abcdef"
-ASKED = nodes.Nodes(count=2, image="registry/train:sdpo-1", scratch="200Gi", shm="64Gi")
+ASKED = nodes.Nodes(
+    count=2, image="registry/train:sdpo-1", scratch="200Gi", shm="64Gi", labels={"trackrec/stage": "sdpo"}
+)
 # As Kubeflow's driver writes it (its Go structs as JSON).
 HANDED = dsl.TaskConfig(
     affinity=None,
@@ -81,7 +87,9 @@ def test_the_job_asks_for_all_that_the_tasks_pod_was_to_have(monkeypatch: pytest
     }
     [patch] = job["spec"]["runtimePatches"]
     [replicated] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    pod = replicated["template"]["spec"]["template"]["spec"]
+    template = replicated["template"]["spec"]["template"]
+    assert template["metadata"]["labels"] == {"trackrec/stage": "sdpo"}
+    pod = template["spec"]
     assert pod["nodeSelector"] == HANDED.node_selector
     assert pod["tolerations"] == HANDED.tolerations
     assert {volume["name"]: volume for volume in pod["volumes"]} == {
@@ -283,3 +291,24 @@ def test_a_task_trains_on_nodes_only_if_kubeflow_handed_it_some() -> None:
     """On one machine the environment has the variable, but nobody fills in the `dsl.TaskConfig`."""
     assert nodes.launcher("sdpo", dsl.TaskConfig()) is launch
     assert isinstance(nodes.launcher("sdpo", HANDED), OnNodes)
+
+
+def test_the_runtime_in_the_manifests_is_the_one_that_jobs_name() -> None:
+    text = (ROOT / "manifests/components/trainjob/training-runtime.yaml").read_text(encoding="utf-8")
+    given = yaml.safe_load(text)
+    # Their models keep nothing they do not know.
+    assert TrainerV1alpha1TrainingRuntime.from_dict(given).to_dict() == given
+    job = trainjob.manifest(NAME, COMMAND, ASKED, HANDED)
+    assert job["spec"]["runtimeRef"]["name"] == given["metadata"]["name"]
+    [replicated] = given["spec"]["template"]["spec"]["replicatedJobs"]
+    assert replicated["name"] == trainjob.NODE
+    spec = replicated["template"]["spec"]
+    [container] = spec["template"]["spec"]["containers"]
+    assert container["name"] == trainjob.NODE
+    # An error of the training (Python's own status) ends the job, a lost node's status does not.
+    fail, ignore = spec["podFailurePolicy"]["rules"]
+    assert (fail["action"], fail["onExitCodes"]["values"]) == ("FailJob", [1])
+    assert LOST not in fail["onExitCodes"]["values"] and ignore["action"] == "Ignore"
+    # As a plain Job it is what Kubernetes takes.
+    job_of_it = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "node"}, "spec": spec}
+    kubernetes_validate.validate(job_of_it, "1.37", strict=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from google.protobuf.json_format import MessageToDict
 
-from pipelines import cli
+from pipelines.options import PIPELINES
 from trackrec import config_file
 
 documents = []
 for pipeline, config, profile in json.loads(sys.argv[1]):
-    built = cli.PIPELINES[pipeline](config_file.load(Path(config), profile=profile))
+    built = PIPELINES[pipeline](config_file.load(Path(config), profile=profile))
     documents.append([MessageToDict(built.pipeline_spec), MessageToDict(built.platform_spec)])
 Path(sys.argv[2]).write_text(json.dumps(documents), encoding="utf-8")

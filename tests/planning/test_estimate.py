@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,14 @@ def test_the_sizing_tables_are_what_the_command_prints() -> None:
     command = shlex.split(found[1].replace("\\\n", " "))
     done = CliRunner().invoke(app, command[1:])
     assert done.exit_code == 0 and done.output == found[2] + "\n", "put in what the command prints now"
+
+
+def test_the_pages_file_of_rates_is_one(tmp_path: Path) -> None:
+    page = Path("docs/cluster.md").read_text(encoding="utf-8")
+    found = re.search(r"  ```yaml\n(  speeds:.*?)\n  ```", page, re.S)
+    assert found
+    file = tmp_path / "rates.yaml"
+    file.write_text(textwrap.dedent(found[1]))
+    rates = read(file)
+    assert rates.speeds.sample_vllm.source == "our sample 1" and rates.cards["a100-80gb"].memory_gib == 79.2
+    assert rates.cards["a100-80gb"].usd_per_hour != Rates().cards["a100-80gb"].usd_per_hour

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 
 from tests import gcs
 from trackrec import config_file, storage
+from trackrec.preflight import folders
 from trackrec.preflight.findings import PreflightError
 from trackrec.stages import preflight
 
@@ -232,6 +233,14 @@ def test_a_bucket_that_lacks_what_the_run_reads(run: Run, uploaded: str) -> None
     assert "no such bucket" in found[0]
     assert "nothing lies at gs://bucket/raw/ml-1m.z; upload it" in found[1]
     assert "gs://bucket/models/tin: there is no folder with files" in found[2]
+
+
+def test_a_bucket_that_nobody_reaches_is_given_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    monkeypatch.setattr(folders, "_SECONDS", 0.5)
+    found = run("gs://bucket/models/tiny", raw_data="gs://bucket/raw")
+    assert [line.split(":")[0] for line in found] == ["raw_data", "base_model"]
+    assert all("could not list objects" in line for line in found)
 
 
 def test_another_store_is_said_not_to_be_looked_at(run: Run) -> None:

@@ -5,6 +5,7 @@ publishes. It calls a `Launch`: `launch` below, or one that hands the body to ot
 `launch_node`.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,8 @@ def launch_node(body: Body, *args: Any, name: str, nodes: int, node: int, addres
         ChildFailedError: a process here failed, again after its restarts.
         torch.distributed.DistError, RendezvousError: the other nodes were not to be reached.
     """
+    # Else the processes of every round share one store, in which a lost node's addresses are still those of the last.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,

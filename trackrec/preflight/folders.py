@@ -1,14 +1,22 @@
 """A model's folder on this machine or in a bucket: what lies in it, and its small files; no weights are copied."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trackrec.storage import RemoteError, gcs
 
+if TYPE_CHECKING:
+    from google.api_core.retry import Retry
+    from google.cloud.storage import Blob
+
 # A tokenizer's file has some ten MB; what is much larger is not one.
 _LARGEST = 100 * 2**20
+# How long a bucket is tried.
 _SECONDS = 20.0
+# Objects looked at: no model's folder has more.
+_MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Folder:
                 raise RemoteError(f"{self.uri}/{name}: cannot be read: {error.strerror}") from error
         location = gcs.Location.parse(self.uri) / name
         with gcs.explained(location, "read"):
-            return bytes(location.blob().download_as_bytes(timeout=_SECONDS))
+            return bytes(location.blob().download_as_bytes(timeout=_SECONDS, retry=_retry()))
 
 
 def is_bucket(uri: str) -> bool:
@@ -55,7 +63,7 @@ def open_folder(uri: str) -> Folder:
         location = gcs.Location.parse(uri)
         prefix = f"{location.path}/" if location.path else ""
         with gcs.explained(location, "list objects"):
-            for blob in gcs.client().list_blobs(location.bucket, prefix=prefix, delimiter="/", timeout=_SECONDS):
+            for blob in _listed(location.bucket, prefix, delimiter="/"):
                 sizes[blob.name.removeprefix(prefix)] = blob.size
     elif Path(uri).is_dir():
         sizes = {path.name: path.stat().st_size for path in Path(uri).iterdir() if path.is_file()}
@@ -75,7 +83,20 @@ def exists(uri: str) -> bool:
     location = gcs.Location.parse(uri)
     with gcs.explained(location, "list objects"):
         # gs://bucket/raw is no folder because gs://bucket/raw-old is there.
-        names = gcs.client().list_blobs(location.bucket, prefix=location.path, max_results=1000, timeout=_SECONDS)
-        return any(
-            blob.name == location.path or blob.name.startswith(f"{location.path}/".lstrip("/")) for blob in names
-        )
+        inside = f"{location.path}/" if location.path else ""
+        names = (blob.name for blob in _listed(location.bucket, location.path))
+        return any(name == location.path or name.startswith(inside) for name in names)
+
+
+def _listed(bucket: str, prefix: str, delimiter: str | None = None) -> Iterator["Blob"]:
+    blobs = gcs.client().list_blobs(
+        bucket, prefix=prefix, delimiter=delimiter, max_results=_MOST, timeout=_SECONDS, retry=_retry()
+    )
+    yield from blobs
+
+
+def _retry() -> "Retry":
+    """The client's own retries, for as long as a check before a run may take."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return DEFAULT_RETRY.with_timeout(_SECONDS)

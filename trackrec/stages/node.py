@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel
 from torch.distributed import DistError
@@ -24,9 +24,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 
 from trackrec import storage
 from trackrec.align.launching import Body, launch_node
-from trackrec.config import RecTuneSettings, SdpoSettings, SftSettings, TrainingSettings
-
-Stage = Literal["sft_generator", "sdpo", "rec_tune"]
+from trackrec.config import RecTuneSettings, SdpoSettings, SftSettings, Trained, TrainingSettings
 
 # The exit status of a node that has lost the others, which is no error of the training.
 LOST = 75
@@ -43,7 +41,7 @@ _SETTINGS: dict[str, type[TrainingSettings]] = {
 class Call(BaseModel):
     """A stage's training as its `train` is called; every path lies where all nodes mount it."""
 
-    stage: Stage
+    stage: Trained
     # Names the rendezvous.
     name: str
     settings: dict[str, Any]
@@ -62,7 +60,7 @@ class OnNodes:
         run: returns when the command has ended well on all nodes, raises when it has not.
     """
 
-    def __init__(self, stage: Stage, run: Callable[[str, list[str]], None]) -> None:
+    def __init__(self, stage: Trained, run: Callable[[str, list[str]], None]) -> None:
         self.stage = stage
         self.run = run
 

@@ -1,33 +1,29 @@
 """A server in memory, a config for it, and the command that talks to it."""
 
+import inspect
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from kfp.client import Client
 from pytest_httpserver import HTTPServer
 
-from pipelines import cli, client, cluster_cli, ir
-from pipelines.options import Pipeline, built
+from pipelines import cli, client, cluster_cli
 from tests.pipelines.cluster.server import KfpServer
-from trackrec.run_config import RunConfig
 
 Run = Callable[..., str]
 BUCKET = {"raw_data": "gs://bucket/ml-100k.zip", "base_model": "gs://bucket/smollm2", "encoder": "gs://bucket/minilm"}
-_built: dict[str, Any] = {}
 
 
-def built_once(pipeline: Pipeline, config: RunConfig) -> Any:
-    """kfp walks the whole stack at every setting of a task, which takes seconds under pytest."""
-    key = f"{pipeline} {ir.config_text(config)}"
-    if key not in _built:
-        _built[key] = built(pipeline, config)
-    return _built[key]
+def callers() -> list[tuple[None, None, None, str]]:
+    """What kfp reads of `inspect.stack()` at every setting of a task; all of it takes minutes under pytest."""
+    own = sys._getframe(1)
+    assert own.f_back
+    return [(None, None, None, frame.f_code.co_name) for frame in (own, own.f_back)]
 
 
 @pytest.fixture
@@ -41,7 +37,6 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KfpServe
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", httpserver.url_for(""))
     monkeypatch.setattr(Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
-    monkeypatch.setattr(client, "TIMEOUT", 0.5)
     monkeypatch.setattr(cluster_cli, "WATCH", 0.05)
     kubeconfig = {
         "apiVersion": "v1",
@@ -54,10 +49,16 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KfpServe
     (tmp_path / "kubeconfig").write_text(json.dumps(kubeconfig))
     monkeypatch.setattr("kubernetes.config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
-    monkeypatch.setattr(cluster_cli, "built", built_once)
+    monkeypatch.setattr(inspect, "stack", callers)
     yield server
     httpserver.check_assertions()
     httpserver.stop()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of a server that gives no answer in time."""
+    monkeypatch.setattr(client, "TIMEOUT", (1.0, 1.0))
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ class KfpServer:
         self.calls: list[str] = []
         self.token: str | None = None
         self.multi_user = False
-        self.hang = 1.0
+        self.hang = 3.0
         self.no_metadata = False
 
     def __call__(self, request: Request) -> Response:
@@ -212,11 +212,12 @@ class KfpServer:
             if title not in cached:
                 pods[f"pod-{number}"] = (f"w.root.{name}.executor(0)", f"{title} at work\nTraceback\n")
             component = spec["components"][task["componentRef"]["name"]]
-            importer = spec["deploymentSpec"]["executors"][component["executorLabel"]].get("importer")
+            importer = spec["deploymentSpec"]["executors"].get(component.get("executorLabel"), {}).get("importer")
             execution = message("Execution", id=number, last_known_state=CACHED if title in cached else COMPLETE)
             # Kubeflow's importers are known by their titles.
             _put(execution, task_name=title if importer else name, parent_dag_id=root, pod_name=f"pod-{number}")
-            outputs = component.get("outputDefinitions", {}).get("artifacts", {})
+            # A loop writes nothing: its tasks do, and the one that gathers what they wrote.
+            outputs = {} if "dag" in component else component.get("outputDefinitions", {}).get("artifacts", {})
             place = f"{bucket}/v2/{run_id}/{name}"
             uris = {key: _imported(importer, task, spec, run) if importer else f"{place}/{key}" for key in outputs}
             ended.append((execution, [] if failed else [(key, _artifact(uri, key)) for key, uri in uris.items()]))

@@ -170,7 +170,7 @@ def test_a_token_is_read_from_the_file_that_the_sdk_knows(
     assert "state" in trackrec("status")
 
 
-def test_what_passes_is_asked_again(server: KfpServer, trackrec: Run) -> None:
+def test_what_passes_is_asked_again(server: KfpServer, impatient: None, trackrec: Run) -> None:
     server.faults = [503, HANG, PAGE]
     assert "state" in trackrec("status")
     assert server.faults == []
@@ -184,11 +184,11 @@ def test_what_passes_is_asked_again(server: KfpServer, trackrec: Run) -> None:
         ([500], "cannot read the run 7: the server failed (HTTP 500: not today)"),
         ([503] * 4, "cannot read the run 7: the server is not ready; try again later (HTTP 503: not today)"),
         ([PAGE] * 4, "the server is not ready; try again later (HTTP 503: SERVICE UNAVAILABLE)"),
-        ([HANG] * 4, "cannot read the run 7: no answer within 0.5 s"),
+        ([HANG] * 4, "cannot read the run 7: no answer within 1 s"),
     ],
 )
 def test_each_error_is_one_line(
-    server: KfpServer, trackrec: Run, tmp_path: Path, faults: list[int | str], message: str
+    server: KfpServer, impatient: None, trackrec: Run, tmp_path: Path, faults: list[int | str], message: str
 ) -> None:
     # Not for the first call, which asks whether there are several users.
     (tmp_path / "context.json").write_text('{"namespace": "mine"}')
@@ -206,7 +206,7 @@ def test_a_conflict_is_named(server: KfpServer, trackrec: Run, config: str) -> N
         cluster.submit(run)
 
 
-def test_a_run_is_never_started_twice(server: KfpServer) -> None:
+def test_a_run_is_never_started_twice(server: KfpServer, impatient: None) -> None:
     cluster = Cluster(None, None)
     run = api.V2beta1Run(display_name="mine", experiment_id=cluster.experiment("e"))
     for fault, message in ((503, "HTTP 503"), (HANG, "it may have been done all the same: look before")):

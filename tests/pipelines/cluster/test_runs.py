@@ -80,8 +80,8 @@ def inputs_of(run: api.V2beta1Run) -> dict[str, str]:
     spec = run.pipeline_spec["pipeline_spec"]
     importers = {}
     for task in spec["root"]["dag"]["tasks"].values():
-        executor = spec["components"][task["componentRef"]["name"]]["executorLabel"]
-        if importer := spec["deploymentSpec"]["executors"][executor].get("importer"):
+        executor = spec["components"][task["componentRef"]["name"]].get("executorLabel")
+        if importer := spec["deploymentSpec"]["executors"].get(executor, {}).get("importer"):
             title = task["taskInfo"]["name"].removeprefix("input ")
             importers[title] = importer["artifactUri"]["constant"]
             assert importer["metadata"] == {"version": "7"}
@@ -117,6 +117,18 @@ def test_one_stage_of_a_clusters_run_again_on_its_artifacts(server: KfpServer, t
     assert "sdpo.beta: not a setting of sample 1; allowed here: sample, seed, resources.sample" in told
     told = trackrec("stage", "rec_tune 1", "--run-id", whole, fails=True)
     assert "has no stage or task 'rec_tune 1'" in told
+
+
+def test_a_stage_of_several_shards_again(server: KfpServer, trackrec: Run, config: str) -> None:
+    whole = run_in(trackrec("submit", "--config", config, "--set", "resources.sample.shards=2"))
+    server.work(whole)
+    assert re.search(rf"sample 1 +recots +gs://bucket/v2/{whole}/gather\S*/joined", trackrec("artifacts", whole))
+    run = server.runs[run_in(trackrec("stage", "sample 1", "--run-id", whole, "--set", "sample.n=3"))]
+    assert inputs_of(run)["contexts"] == f"gs://bucket/v2/{whole}/contexts/contexts"
+    tasks = run.pipeline_spec["pipeline_spec"]["root"]["dag"]["tasks"]
+    assert {name.rstrip("-0123456789") for name in tasks} == {"importer", "for-loop", "gather"}
+    following = server.runs[run_in(trackrec("stage", "score 1", "--run-id", whole))]
+    assert inputs_of(following)["recots"].endswith("/joined")
 
 
 def test_a_run_started_from_kubeflows_pages_can_be_continued(server: KfpServer, trackrec: Run, config: str) -> None:
