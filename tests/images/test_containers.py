@@ -38,8 +38,14 @@ SMALL: dict[str, Any] = {
     "sdpo.holdout": 0,
     "train_ctr.max_train_rows": 1000,
     "train_ctr.epochs": 1,
+    "train_ctr.min_steps": 10,
+    "train_ctr.seeds": 2,
     "train_ctr.grid.learning_rate": [1.0e-3],
 }
+
+
+# The tasks before any model is taken.
+PREPARATION = ("preflight", "importer", "importer-2", "ingest", "contexts", "distill-data")
 
 
 def config(**more: Any) -> RunConfig:
@@ -47,11 +53,11 @@ def config(**more: Any) -> RunConfig:
 
 
 def inputs(*keys: str) -> dict[str, Any]:
-    return local_inputs(config(), keys)
+    return local_inputs(config(), keys)[0]
 
 
 def paths(arguments: dict[str, Any]) -> list[Path]:
-    return [Path(value) for name, value in arguments.items() if not name.endswith("_version")]
+    return [Path(value) for value in arguments.values()]
 
 
 def compiled(module: Any, loaded: RunConfig, folder: Path) -> Path:
@@ -106,7 +112,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Pods:
     arguments = inputs("raw_data", "base_model", "encoder")
     folder = tmp_path_factory.mktemp("prepared")
     pods = Pods(compiled(trackrec, config(), folder), folder / "root", paths(arguments))
-    pods.run(arguments, only=["preflight", "importer", "importer-2", "ingest", "contexts", "distill-data"])
+    pods.run(arguments, only=PREPARATION)
     return pods
 
 
@@ -138,6 +144,16 @@ def test_recots_become_vectors_rankers_and_a_report_in_the_rank_image(prepared: 
     assert schema.read(pods.output("encode", "vectors"), "vectors").num_rows == 4
     assert storage.read_manifest(pods.output("encode", "vectors")).facts["width"] == 384
     assert "DIN" in (pods.output("compare", "results") / "report.html").read_text(encoding="utf-8")
+
+
+@built("data", "train")
+def test_a_generator_is_trained_in_the_train_image(tmp_path: Path) -> None:
+    arguments = inputs("raw_data", "base_model", "encoder")
+    pods = Pods(compiled(trackrec, config(), tmp_path), tmp_path / "root", paths(arguments))
+    pods.run(arguments, only=[*PREPARATION, "sft-generator"])
+    assert pods.ran[-1] == tagged("sft_generator", REGISTRY)
+    manifest = storage.read_manifest(pods.output("sft-generator", "generator"))
+    assert "adapter_model.safetensors" in manifest.files
 
 
 @built("data")
