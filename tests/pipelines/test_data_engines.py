@@ -20,6 +20,7 @@ def config(raw_data: str, data: dict[str, Any]) -> RunConfig:
         {
             "name": "shop",
             "raw_data": raw_data,
+            "raw_data_version": "2026-01-01",
             "base_model": "gs://shop/model",
             "ingest": {"dataset": "impressions", "log": log},
             "contexts": {"domain": "generic"},
@@ -44,10 +45,10 @@ def test_a_log_that_the_engine_reads_is_no_artifact(tmp_path: Path, raw_data: st
     inputs = found["ingest"]["inputs"]
     assert inputs["parameters"]["raw_uri"] == {"componentInputParameter": "raw_data"}
     # A new version of what lies there is a new key of the cache.
-    assert inputs["parameters"]["raw_version"] == {"componentInputParameter": "raw_data_version"}
+    assert inputs["parameters"]["raw_version"] == {"runtimeValue": {"constant": "2026-01-01"}}
     assert "artifacts" not in inputs and found["ingest"]["dependentTasks"] == ["preflight"]
     # Nor does the command line look for it on this machine.
-    assert cli.local_inputs(loaded, ["raw_data"]) == {}
+    assert cli.local_inputs(loaded, ["raw_data"]) == ({}, {})
 
 
 def test_any_other_raw_data_is_an_artifact_of_ingest(tmp_path: Path) -> None:
