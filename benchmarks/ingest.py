@@ -22,7 +22,8 @@ from pathlib import Path
 import pandas as pd
 
 from trackrec import storage
-from trackrec.config import DataSettings, IngestSettings
+from trackrec.config import IngestSettings
+from trackrec.data_config import DataSettings
 from trackrec.stages import ingest
 
 

@@ -22,8 +22,8 @@ from kubernetes import config
 from kubernetes.client import ApiClient, ApiException, CoreV1Api, CustomObjectsApi
 from urllib3.exceptions import HTTPError
 
-from trackrec.config import DataSettings, SparkApplication, SparkSettings
 from trackrec.data.engine import to_bytes
+from trackrec.data_config import DataSettings, SparkApplication, SparkSettings
 
 GROUP, VERSION, PLURAL = "sparkoperator.k8s.io", "v1beta2", "sparkapplications"
 PORT_KEY = "spark.connect.grpc.binding.port"

@@ -17,7 +17,7 @@ import yaml
 from components import sparkjob
 from components.images import ROOT
 from trackrec import config_file, profile
-from trackrec.config import SparkApplication
+from trackrec.data_config import SparkApplication
 from trackrec.run_config import Resources, StageResources
 
 from .pod_security import violations

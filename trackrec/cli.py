@@ -11,8 +11,9 @@ from rich.markdown import Markdown
 
 from trackrec import config_file, planning, storage
 from trackrec import fetch as fetching
-from trackrec.config import DataSettings, IngestSettings
+from trackrec.config import IngestSettings
 from trackrec.config_file import explain, parse
+from trackrec.data_config import DataSettings
 
 # Columns below which the drawn table would wrap its figures.
 _PLAN_WIDTH = 170

@@ -13,7 +13,6 @@ from trackrec.config import (
     Backbone,
     ContextsSettings,
     Count,
-    DataSettings,
     DecodingSettings,
     DistillDataSettings,
     Domain,
@@ -37,6 +36,7 @@ from trackrec.config import (
     Version,
     unquoted,
 )
+from trackrec.data_config import DataSettings
 
 # Of cores, e.g. "8", "0.5", "500m".
 Cores = Annotated[str, BeforeValidator(unquoted), Field(pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$")]

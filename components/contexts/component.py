@@ -22,7 +22,7 @@ def contexts(
 
     Args:
         settings: `trackrec.config.ContextsSettings`.
-        data: `trackrec.config.DataSettings`.
+        data: `trackrec.data_config.DataSettings`.
         seed: The run's seed.
         interactions: Table `interactions`.
         items: Table `items`.
@@ -32,10 +32,10 @@ def contexts(
     import contextlib
     from pathlib import Path
 
-    from trackrec import config, storage
+    from trackrec import config, data_config, storage
     from trackrec.stages import contexts as stage
 
-    engine = config.DataSettings.model_validate(data)
+    engine = data_config.DataSettings.model_validate(data)
     with contextlib.ExitStack() as stack:
         if engine.spark.application:
             from components.sparkjob import served

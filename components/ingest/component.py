@@ -23,7 +23,7 @@ def ingest(
 
     Args:
         settings: `trackrec.config.IngestSettings`.
-        data: `trackrec.config.DataSettings`.
+        data: `trackrec.data_config.DataSettings`.
         interactions: Table `interactions`.
         items: Table `items`.
         raw: The raw file or folder, or else:
@@ -33,10 +33,10 @@ def ingest(
     import contextlib
     from pathlib import Path
 
-    from trackrec import config, storage
+    from trackrec import config, data_config, storage
     from trackrec.stages import ingest as stage
 
-    engine = config.DataSettings.model_validate(data)
+    engine = data_config.DataSettings.model_validate(data)
     with contextlib.ExitStack() as stack:
         if engine.spark.application:
             from components.sparkjob import served

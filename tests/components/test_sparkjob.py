@@ -21,7 +21,7 @@ from components import sparkjob
 from components.sparkjob import Cluster, SparkJobError, served
 from tests.data.ingesting import run
 from tests.data.raw_files import same_rows, write_ml_1m
-from trackrec.config import DataSettings
+from trackrec.data_config import DataSettings
 
 APPLICATIONS = "/apis/sparkoperator.k8s.io/v1beta2/namespaces/team/sparkapplications"
 PODS = "/api/v1/namespaces/team/pods"

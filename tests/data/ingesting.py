@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from trackrec.config import DataSettings, IngestSettings
+from trackrec.config import IngestSettings
 from trackrec.data.raw import RawDataError
+from trackrec.data_config import DataSettings
 from trackrec.stages import ingest
 
 

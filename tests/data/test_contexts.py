@@ -11,9 +11,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from ibis.expr.types import Table
 
-from trackrec.config import ContextsSettings, DataSettings
+from trackrec.config import ContextsSettings
 from trackrec.data import contexts, recipe
 from trackrec.data.engine import open_engine
+from trackrec.data_config import DataSettings
 
 DAY = 86_400
 # user, item, moment: each user of a log is a case of its own. A few moments around midnights, so that ties and the

@@ -9,8 +9,9 @@ from sklearn.metrics import roc_auc_score
 from tests import tables
 from tests.data.raw_files import same_rows, write_ml_1m
 from trackrec import storage
-from trackrec.config import ContextsSettings, DataSettings, IngestSettings
+from trackrec.config import ContextsSettings, IngestSettings
 from trackrec.data import schema
+from trackrec.data_config import DataSettings
 from trackrec.fetch import fetch
 from trackrec.stages import contexts, ingest
 

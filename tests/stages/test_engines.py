@@ -15,9 +15,10 @@ from tests.data.ingesting import refused, run
 from tests.data.raw_files import same_rows, write_ml_1m
 from tests.data.spark_server import spark_connect_server
 from trackrec import storage
-from trackrec.config import ContextsSettings, DataSettings, ImpressionLog
+from trackrec.config import ContextsSettings, ImpressionLog
 from trackrec.data import bigquery_engine, schema
 from trackrec.data.engine import EngineError, open_engine
+from trackrec.data_config import DataSettings
 from trackrec.fetch import fetch
 from trackrec.stages import contexts
 

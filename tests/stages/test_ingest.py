@@ -19,8 +19,8 @@ from tests.data.raw_files import (
 )
 from trackrec import storage
 from trackrec.cli import app
-from trackrec.config import DataSettings
 from trackrec.data import movielens, schema
+from trackrec.data_config import DataSettings
 from trackrec.fetch import fetch
 
 DECEMBER = 1512086400  # 2017-12-01 UTC

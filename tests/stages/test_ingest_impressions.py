@@ -13,9 +13,10 @@ from tests.data.ingesting import refused, run
 from tests.data.raw_files import read_rows, same_rows, write_csv
 from trackrec import storage
 from trackrec.cli import app
-from trackrec.config import DataSettings, ImpressionLog
+from trackrec.config import ImpressionLog
 from trackrec.data import schema
 from trackrec.data.raw import RawDataError
+from trackrec.data_config import DataSettings
 
 LOG = ImpressionLog(label="clicked", rating="stars", valid_from="2024-01-02", test_from="2024-01-03T00:00:00+00:00")
 DAY_1, DAY_2, DAY_3 = 1704067200, 1704153600, 1704240000  # 2024-01-01 … 03 UTC

@@ -18,11 +18,11 @@ from google.cloud.bigquery_storage import BigQueryReadClient
 from ibis.backends.bigquery.datatypes import BigQuerySchema
 from ibis.expr.types import Table
 
-from trackrec.config import BigQuerySettings
 from trackrec.data import schema
 from trackrec.data.bigquery_sql import compiled
 from trackrec.data.duckdb_engine import DuckDBEngine
 from trackrec.data.engine import Engine, EngineError, write
+from trackrec.data_config import BigQuerySettings
 
 # A killed stage leaves its intermediate tables to BigQuery.
 _EXPIRY = timedelta(days=1)

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from ibis.expr.types import Table
 
 from trackrec import storage
-from trackrec.config import DataSettings
 from trackrec.data import schema
+from trackrec.data_config import DataSettings
 
 # Rows a row group: a row with a long history takes tens of KB, and a group is held in memory.
 ROW_GROUP = 10_000

@@ -17,9 +17,9 @@ from ibis import util
 from ibis.expr.types import Table
 from pyspark.errors import AnalysisException, PySparkException
 
-from trackrec.config import SparkSettings
 from trackrec.data import schema
 from trackrec.data.engine import ROW_GROUP, Engine, EngineError, write
+from trackrec.data_config import SparkSettings
 
 TOKEN_ENV = "SPARK_CONNECT_TOKEN"
 _PORT = 15002

@@ -8,10 +8,11 @@ from ibis import _
 from ibis.expr.types import Table
 
 from trackrec import storage
-from trackrec.config import ContextsSettings, DataSettings
+from trackrec.config import ContextsSettings
 from trackrec.data import contexts as build
 from trackrec.data import recipe
 from trackrec.data.engine import Engine, open_engine
+from trackrec.data_config import DataSettings
 
 _IN_PROCESS = DataSettings()
 

@@ -9,10 +9,11 @@ from ibis import _
 from ibis.expr.types import Table
 
 from trackrec import storage
-from trackrec.config import DataSettings, IngestSettings
+from trackrec.config import IngestSettings
 from trackrec.data import amazon, impressions, movielens, recipe
 from trackrec.data import raw as raw_files
 from trackrec.data.engine import Engine, open_engine, to_bytes
+from trackrec.data_config import DataSettings
 from trackrec.progress import track
 
 _IN_PROCESS = DataSettings()
