@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 from kubernetes.utils import parse_quantity
 
 # Whatever the image and the node: no network, no root, no writable place but what the IR mounts.
-OPTIONS = ("--rm", "--pull=never", "--network=none", "--read-only", "--read-only-tmpfs=false")
+OPTIONS = ("--pull=never", "--network=none", "--read-only", "--read-only-tmpfs=false")
 
 
 class Pods:
@@ -64,10 +66,10 @@ class Pods:
         [found] = self.root.glob(f"artifacts/*/{task}/{name}")
         return found
 
-    def command(self, image: str, command: Sequence[str], environment: dict[str, str]) -> list[str]:
+    def arguments(self, image: str, command: Sequence[str], environment: dict[str, str]) -> list[str]:
         variables = [f"--env={name}={value}" for name, value in environment.items()]
         entrypoint = f"--entrypoint={json.dumps([command[0]])}"
-        return ["podman", "run", *self.options[image], *variables, entrypoint, image, *command[1:]]
+        return [*self.options[image], *variables, entrypoint, image, *command[1:]]
 
     def _options(self, container: dict[str, Any], platform: dict[str, Any]) -> list[str]:
         options = list(OPTIONS)
@@ -104,14 +106,34 @@ def _executors_are_pods(pods: Pods) -> Iterator[None]:
             env_vars: dict[str, str] | None = None,
         ) -> None:
             pods.ran.append(image)
-            self.command = pods.command(image, full_command, env_vars or {})
+            self.name = f"trackrec-{uuid.uuid4().hex[:12]}"
+            self.command = [
+                "podman",
+                "run",
+                f"--name={self.name}",
+                *pods.arguments(image, full_command, env_vars or {}),
+            ]
 
         def run(self) -> status.Status:
-            with subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    print(line, end="")
-            return status.Status.FAILURE if process.returncode else status.Status.SUCCESS
+            try:
+                with subprocess.Popen(
+                    self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                ) as process:
+                    assert process.stdout is not None
+                    for line in process.stdout:
+                        print(line, end="")
+                return status.Status.FAILURE if self._exit_code() else status.Status.SUCCESS
+            finally:
+                subprocess.run(["podman", "rm", "--force", self.name], capture_output=True, check=False)
+
+        def _exit_code(self) -> int:
+            """The container's own: on a busy machine `podman run` may return before it is known, with a 125."""
+            while True:
+                asked = ["podman", "inspect", "--format={{.State.Running}} {{.State.ExitCode}}", self.name]
+                running, code = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+                if running == "false":
+                    return int(code)
+                time.sleep(0.1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess_task_handler, "SubprocessTaskHandler", Pod)
