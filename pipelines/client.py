@@ -21,10 +21,18 @@ TIMEOUT = (10.0, 30.0)
 ATTEMPTS = 4
 # What passes by itself: too many requests, and a server that is restarting or out of reach.
 _PASSING = (429, 502, 503, 504)
+_UNKNOWN_USER = (
+    "you are not signed in: give a token file by KF_PIPELINES_SA_TOKEN_PATH, or a header or cookie in "
+    "~/.config/kfp/context.json"
+)
 _MEANING = {
+    200: f"a web page came in place of an answer; mend --host, or {_UNKNOWN_USER}",
+    # To a page where one signs in.
+    302: _UNKNOWN_USER,
+    303: _UNKNOWN_USER,
+    307: _UNKNOWN_USER,
     400: "it was refused",
-    401: "you are not signed in: give a token file by KF_PIPELINES_SA_TOKEN_PATH, or a header or cookie in "
-    "~/.config/kfp/context.json",
+    401: _UNKNOWN_USER,
     403: "you are signed in, but may not do this; ask for the right, or name your own --namespace",
     404: "it does not exist there; mind --host and --namespace",
     409: "it exists already",
@@ -49,8 +57,11 @@ class _Sdk(kfp.Client):
     """`kfp.Client` that asks for the server's health once: it would log five tracebacks in 25 seconds."""
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> api.V2beta1GetHealthzResponse:
-        _asks_once(self._healthz_api.api_client)
-        return self._healthz_api.healthz_service_get_healthz(_request_timeout=TIMEOUT)
+        client = self._healthz_api.api_client
+        _asks_once(client)
+        answer = self._healthz_api.healthz_service_get_healthz(_request_timeout=TIMEOUT)
+        _refuse_page(client)
+        return answer
 
 
 class Cluster:
@@ -287,7 +298,10 @@ class Cluster:
             reraise=True,
         )
         try:
-            return attempts(call)
+            answer = attempts(call)
+            if hasattr(self, "api"):
+                _refuse_page(self.api)
+            return answer
         except api.ApiException as error:
             status = error.status or 0
             means = _MEANING.get(503 if status in _PASSING else status, "the server failed")
@@ -305,6 +319,14 @@ class Cluster:
 def _asks_once(client: api.ApiClient) -> None:
     """Asking again is this module's, with a pause in between."""
     client.rest_client.pool_manager.connection_pool_kw["retries"] = False
+
+
+def _refuse_page(client: api.ApiClient) -> None:
+    """A sign-in page, or another program's: the generated client would read it as an answer that says nothing."""
+    last = getattr(client, "last_response", None)
+    kind = (last.getheader("content-type") if last else None) or ""
+    if "html" in kind:
+        raise api.ApiException(status=200, reason=kind)
 
 
 def _passes(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ import yaml
 from pipelines import client, ir
 from pipelines.client import Cluster
 from tests.pipelines.cluster.conftest import Run, run_in
-from tests.pipelines.cluster.server import HANG, PAGE, KfpServer
+from tests.pipelines.cluster.server import HANG, PAGE, SIGN_IN, KfpServer
 
 
 def test_a_second_upload_of_the_same_pipeline_is_unchanged(server: KfpServer, trackrec: Run, config: str) -> None:
@@ -185,6 +185,8 @@ def test_what_passes_is_asked_again(server: KfpServer, impatient: None, trackrec
         ([503] * 4, "cannot read the run 7: the server is not ready; try again later (HTTP 503: not today)"),
         ([PAGE] * 4, "the server is not ready; try again later (HTTP 503: SERVICE UNAVAILABLE)"),
         ([HANG] * 4, "cannot read the run 7: no answer within 1 s"),
+        ([302], "cannot read the run 7: you are not signed in: give a token file by KF_PIPELINES_SA_TOKEN_PATH"),
+        ([SIGN_IN], "cannot read the run 7: a web page came in place of an answer; mend --host, or you are not signed"),
     ],
 )
 def test_each_error_is_one_line(
@@ -195,6 +197,15 @@ def test_each_error_is_one_line(
     server.faults = faults
     told = trackrec("status", "7", fails=True)
     assert message in told and told.count("\n") == 1
+
+
+def test_a_page_is_no_answer(server: KfpServer, trackrec: Run, tmp_path: Path) -> None:
+    """Where nothing is read of the answer, too; and at the first call, which asks for the server's health."""
+    server.faults = [SIGN_IN]
+    assert "cannot connect to http" in (told := trackrec("cancel", "7", fails=True)) and "a web page came" in told
+    (tmp_path / "context.json").write_text('{"namespace": "mine"}')
+    server.faults = [SIGN_IN]
+    assert "cannot cancel the run 7: a web page came" in trackrec("cancel", "7", fails=True)
 
 
 def test_a_conflict_is_named(server: KfpServer, trackrec: Run, config: str) -> None:
