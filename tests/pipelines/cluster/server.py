@@ -211,7 +211,7 @@ class KfpServer:
             details.append({**detail, "display_name": "executor"})
             pods[f"pod-{number}-driver"] = (f"w.root.{name}-driver", "driver at work\n")
             if title not in cached:
-                pods[f"pod-{number}"] = (f"w.root.{name}.executor(0)", f"{title} at work\nTraceback\n")
+                pods[f"pod-{number}"] = (f"w.root.{name}.executor(0)", f"{title} at work ✔\nTraceback\n")
             component = spec["components"][task["componentRef"]["name"]]
             importer = spec["deploymentSpec"]["executors"].get(component.get("executorLabel"), {}).get("importer")
             execution = message("Execution", id=number, last_known_state=CACHED if title in cached else COMPLETE)
@@ -316,7 +316,9 @@ class KfpServer:
         assert request.args["container"] == "main"
         [log] = [pods[pod][1] for pods in self.pods.values() if pod in pods]
         lines = log.splitlines(keepends=True)
-        return Response("".join(lines[-int(request.args.get("tailLines", len(lines))) :]), content_type="text/plain")
+        text = "".join(lines[-int(request.args.get("tailLines", len(lines))) :])
+        # As they come: a character may be cut in two.
+        return Response((bytes([byte]) for byte in text.encode()), content_type="text/plain")
 
 
 def _json(status: int, body: Any) -> Response:

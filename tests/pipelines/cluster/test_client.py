@@ -6,10 +6,12 @@ from typing import Any
 import kfp_server_api as api
 import pytest
 import yaml
+from werkzeug import Request
 
 from pipelines import client, ir
 from pipelines.client import Cluster
 from tests.pipelines.cluster.conftest import Run, run_in
+from tests.pipelines.cluster.models import Refused
 from tests.pipelines.cluster.server import HANG, PAGE, SIGN_IN, KfpServer
 
 
@@ -131,6 +133,14 @@ def test_a_schedule_that_cannot_be_replaced_stays(server: KfpServer, trackrec: R
     made = server.calls.index("POST /apis/v2beta1/recurringruns")
     [deleted] = [number for number, call in enumerate(server.calls) if call.startswith("DELETE")]
     assert made < deleted
+
+    def refused(request: Request) -> Any:
+        raise Refused(503, "not today")
+
+    server._create_schedule = refused  # type: ignore[method-assign]
+    assert "cannot make the schedule 'nightly'" in trackrec(*nightly, "0 0 5 * * *", fails=True)
+    [kept] = server.schedules.values()
+    assert (kept.trigger.cron_schedule.cron, kept.status) == ("0 0 4 * * *", "ENABLED")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import re
 import threading
+import time
 
 import kfp_server_api as api
+import pytest
 import yaml
-from werkzeug import Response
+from werkzeug import Request, Response
 
-from pipelines import ir
+from pipelines import ir, pods
 from pipelines.client import Cluster
 from tests.pipelines.cluster.conftest import BUCKET, Run, run_in
 from tests.pipelines.cluster.server import KfpServer
@@ -44,7 +46,7 @@ def test_logs_are_those_of_the_tasks_own_pods(server: KfpServer, trackrec: Run, 
     run_id = run_in(trackrec("submit", "--config", config))
     server.work(run_id, until="sample 1", cached=("contexts",))
     everything = trackrec("logs", run_id)
-    assert "ingest at work" in everything and "sample 1 at work" in everything
+    assert "ingest at work ✔" in everything and "sample 1 at work ✔" in everything
     # A task of the cache never had a pod but its driver's.
     assert everything.count("driver at work") == 1
     one = trackrec("logs", run_id, "sample 1", "--tail", "1")
@@ -56,6 +58,23 @@ def test_logs_are_those_of_the_tasks_own_pods(server: KfpServer, trackrec: Run, 
     assert "Traceback" in trackrec("logs", run_id, "sample 1", "--follow")
     server.pods.clear()
     assert f"no pod of the run {run_id} in the namespace kubeflow" in trackrec("logs", run_id, fails=True)
+
+
+def test_kubernetes_that_gives_no_answer_is_given_up(
+    server: KfpServer, trackrec: Run, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = run_in(trackrec("submit", "--config", config))
+    server.work(run_id)
+    monkeypatch.setattr(pods, "_TIMEOUT", tuple(seconds / 30 for seconds in pods._TIMEOUT))
+    listed = server._list_pods
+
+    def slow(request: Request, namespace: str) -> Response:
+        time.sleep(server.hang)
+        return listed(request, namespace)
+
+    server._list_pods = slow  # type: ignore[method-assign]
+    told = trackrec("logs", run_id, fails=True)
+    assert "Kubernetes cannot be reached" in told and told.count("\n") == 1
 
 
 def test_a_cancelled_run_is_terminated(server: KfpServer, trackrec: Run, config: str) -> None:
