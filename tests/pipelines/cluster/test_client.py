@@ -91,6 +91,9 @@ def test_without_cache_no_task_of_the_run_may_use_it(server: KfpServer, trackrec
         (("--param", "raw_data=package:ml-100k"), "raw_data: package:ml-100k is for one machine"),
         (("--pipeline", "backbones"), "the pipeline needs --param contexts="),
         (("--set", "sample.m=1"), "sample.m: unknown key"),
+        (("--set", "registry=YOUR-REGISTRY/trackrec"), "registry: YOUR-REGISTRY/trackrec is to be filled in"),
+        (("--set", "encoder=gs://YOUR-BUCKET/bert"), "encoder: gs://YOUR-BUCKET/bert is to be filled in"),
+        (("--param", "raw_data=gs://YOUR-BUCKET/raw"), "raw_data: gs://YOUR-BUCKET/raw is to be filled in"),
     ],
 )
 def test_what_cannot_run_is_refused_before_the_server_is_asked(
