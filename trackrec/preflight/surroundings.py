@@ -21,8 +21,8 @@ _TEACHER_SECONDS = 5.0
 
 
 def in_pod() -> bool:
-    """Whether this is a container of Kubernetes, where `resources` count."""
-    return "KUBERNETES_SERVICE_HOST" in os.environ
+    """Whether this is a task's pod, where `resources` count; a notebook's on Kubernetes is one machine like another."""
+    return "KFP_POD_NAME" in os.environ
 
 
 def secrets(wanted: dict[str, SecretKey]) -> Iterator[Finding]:
