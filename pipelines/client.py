@@ -115,20 +115,19 @@ class Cluster:
 
     def experiment(self, name: str) -> str:
         """The id of the experiment of that name, made if there is none."""
-        listed = self._asked(
-            f"look up the experiment {name!r}",
-            lambda: self._experiments.experiment_service_list_experiments(
-                filter=_named(name), namespace=self.namespace, _request_timeout=TIMEOUT
-            ),
-        )
-        if listed.experiments:
-            return str(listed.experiments[0].experiment_id)
+        if found := self._experiment(name):
+            return found
         experiment = api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
-        made = self._asked(
-            f"make the experiment {name!r}",
-            lambda: self._experiments.experiment_service_create_experiment(experiment, _request_timeout=TIMEOUT),
-            again=False,
-        )
+        try:
+            made = self._asked(
+                f"make the experiment {name!r}",
+                lambda: self._experiments.experiment_service_create_experiment(experiment, _request_timeout=TIMEOUT),
+            )
+        except ClusterError as error:
+            # Someone else was faster, or an answer was lost on the way.
+            if error.status == 409 and (found := self._experiment(name)):
+                return found
+            raise
         return str(made.experiment_id)
 
     def submit(self, run: api.V2beta1Run) -> api.V2beta1Run:
@@ -271,6 +270,15 @@ class Cluster:
                 raise
             made = self._by_name(name)
         return str(made.pipeline_id)
+
+    def _experiment(self, name: str) -> str | None:
+        listed = self._asked(
+            f"look up the experiment {name!r}",
+            lambda: self._experiments.experiment_service_list_experiments(
+                filter=_named(name), namespace=self.namespace, _request_timeout=TIMEOUT
+            ),
+        )
+        return str(listed.experiments[0].experiment_id) if listed.experiments else None
 
     def _by_name(self, name: str) -> api.V2beta1Pipeline:
         return self._asked(

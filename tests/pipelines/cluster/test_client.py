@@ -51,6 +51,20 @@ def test_a_version_uploaded_at_the_same_moment_by_another_counts_as_ours(server:
     assert not is_new and version.display_name == "v"
 
 
+def test_an_experiment_made_at_the_same_moment_by_another_counts_as_ours(server: KfpServer) -> None:
+    cluster = Cluster(None, None)
+    listed = server._list_experiments
+    theirs = cluster.experiment("nightly")
+
+    def none_yet(request: Request) -> Any:
+        server._list_experiments = listed  # type: ignore[method-assign]
+        return api.V2beta1ListExperimentsResponse()
+
+    server._list_experiments = none_yet  # type: ignore[method-assign]
+    assert cluster.experiment("nightly") == theirs
+    assert "POST /apis/v2beta1/experiments" in server.calls[-2:]
+
+
 def test_a_run_is_of_the_uploaded_version_with_its_parameters(server: KfpServer, trackrec: Run, config: str) -> None:
     run = server.runs[
         run_in(
