@@ -154,9 +154,18 @@ class Cluster:
         return listed.runs or []
 
     def cancel(self, run_id: str) -> None:
-        self._asked(
-            f"cancel the run {run_id}", lambda: self._runs.run_service_terminate_run(run_id, _request_timeout=TIMEOUT)
-        )
+        try:
+            self._asked(
+                f"cancel the run {run_id}",
+                lambda: self._runs.run_service_terminate_run(run_id, _request_timeout=TIMEOUT),
+            )
+        except ClusterError as error:
+            # Kubeflow finds no row of a run that runs no more: it has ended, or an answer was lost on the way.
+            if error.status != 400:
+                raise
+            state = self.run(run_id).state
+            if state not in ("CANCELING", "CANCELED"):
+                raise ClusterError(f"cannot cancel the run {run_id}: it is {state} already", 400) from error
 
     def spec(self, run: api.V2beta1Run) -> dict[str, Any]:
         """The first document of the IR that a run executes, whoever started it, and from where."""

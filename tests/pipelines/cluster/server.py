@@ -187,8 +187,8 @@ class KfpServer:
 
     def _terminate(self, request: Request, key: str) -> dict[str, Any]:
         run = _get(self.runs, key)
-        if run.state in ("SUCCEEDED", "FAILED"):
-            raise Refused(400, f"the run {key} has ended")
+        if run.state not in ("PENDING", "RUNNING", "PAUSED"):
+            raise Refused(400, f"Failed to terminate a run {key}. Row not found")
         run.state = "CANCELED"
         return {}
 

@@ -81,6 +81,11 @@ def test_a_cancelled_run_is_terminated(server: KfpServer, trackrec: Run, config:
     run_id = run_in(trackrec("submit", "--config", config))
     assert f"cancelled {run_id}" in trackrec("cancel", run_id)
     assert server.runs[run_id].state == "CANCELED"
+    # Again, as after an answer that was lost.
+    assert f"cancelled {run_id}" in trackrec("cancel", run_id)
+    ended = run_in(trackrec("submit", "--config", config))
+    server.work(ended)
+    assert f"cannot cancel the run {ended}: it is SUCCEEDED already" in trackrec("cancel", ended, fails=True)
 
 
 def test_artifacts_are_listed_with_their_uris(server: KfpServer, trackrec: Run, config: str) -> None:
