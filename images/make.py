@@ -21,14 +21,14 @@ def build(images: list[str], registry: str, base: str, source: str, options: lis
 
     Args:
         base: replaces the Dockerfiles' own base image; empty leaves it.
-        source: address of the repository, for the label.
+        source: address of the repository, for the label; empty leaves it unknown.
         options: further options of `podman build`.
     """
     _need("podman")
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    arguments = {"VERSION": trackrec.__version__, "REVISION": revision.stdout.strip() or "unknown", "SOURCE": source}
-    if base:
-        arguments["BASE_IMAGE"] = base
+    given = {"REVISION": revision.stdout.strip(), "SOURCE": source, "BASE_IMAGE": base}
+    # What is not known keeps the Dockerfile's own value.
+    arguments = {"VERSION": trackrec.__version__} | {name: value for name, value in given.items() if value}
     for image in images:
         dockerfile = ROOT / "images" / image / "Dockerfile"
         if not base and UNPINNED in dockerfile.read_text(encoding="utf-8"):

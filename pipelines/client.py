@@ -21,10 +21,18 @@ TIMEOUT = (10.0, 30.0)
 ATTEMPTS = 4
 # What passes by itself: too many requests, and a server that is restarting or out of reach.
 _PASSING = (429, 502, 503, 504)
+_UNKNOWN_USER = (
+    "you are not signed in: give a token file by KF_PIPELINES_SA_TOKEN_PATH, or a header or cookie in "
+    "~/.config/kfp/context.json"
+)
 _MEANING = {
+    200: f"a web page came in place of an answer; mend --host, or {_UNKNOWN_USER}",
+    # To a page where one signs in.
+    302: _UNKNOWN_USER,
+    303: _UNKNOWN_USER,
+    307: _UNKNOWN_USER,
     400: "it was refused",
-    401: "you are not signed in: give a token file by KF_PIPELINES_SA_TOKEN_PATH, or a header or cookie in "
-    "~/.config/kfp/context.json",
+    401: _UNKNOWN_USER,
     403: "you are signed in, but may not do this; ask for the right, or name your own --namespace",
     404: "it does not exist there; mind --host and --namespace",
     409: "it exists already",
@@ -49,8 +57,11 @@ class _Sdk(kfp.Client):
     """`kfp.Client` that asks for the server's health once: it would log five tracebacks in 25 seconds."""
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> api.V2beta1GetHealthzResponse:
-        _asks_once(self._healthz_api.api_client)
-        return self._healthz_api.healthz_service_get_healthz(_request_timeout=TIMEOUT)
+        client = self._healthz_api.api_client
+        _asks_once(client)
+        answer = self._healthz_api.healthz_service_get_healthz(_request_timeout=TIMEOUT)
+        _refuse_page(client)
+        return answer
 
 
 class Cluster:
@@ -104,20 +115,19 @@ class Cluster:
 
     def experiment(self, name: str) -> str:
         """The id of the experiment of that name, made if there is none."""
-        listed = self._asked(
-            f"look up the experiment {name!r}",
-            lambda: self._experiments.experiment_service_list_experiments(
-                filter=_named(name), namespace=self.namespace, _request_timeout=TIMEOUT
-            ),
-        )
-        if listed.experiments:
-            return str(listed.experiments[0].experiment_id)
+        if found := self._experiment(name):
+            return found
         experiment = api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
-        made = self._asked(
-            f"make the experiment {name!r}",
-            lambda: self._experiments.experiment_service_create_experiment(experiment, _request_timeout=TIMEOUT),
-            again=False,
-        )
+        try:
+            made = self._asked(
+                f"make the experiment {name!r}",
+                lambda: self._experiments.experiment_service_create_experiment(experiment, _request_timeout=TIMEOUT),
+            )
+        except ClusterError as error:
+            # Someone else was faster, or an answer was lost on the way.
+            if error.status == 409 and (found := self._experiment(name)):
+                return found
+            raise
         return str(made.experiment_id)
 
     def submit(self, run: api.V2beta1Run) -> api.V2beta1Run:
@@ -144,9 +154,18 @@ class Cluster:
         return listed.runs or []
 
     def cancel(self, run_id: str) -> None:
-        self._asked(
-            f"cancel the run {run_id}", lambda: self._runs.run_service_terminate_run(run_id, _request_timeout=TIMEOUT)
-        )
+        try:
+            self._asked(
+                f"cancel the run {run_id}",
+                lambda: self._runs.run_service_terminate_run(run_id, _request_timeout=TIMEOUT),
+            )
+        except ClusterError as error:
+            # Kubeflow finds no row of a run that runs no more: it has ended, or an answer was lost on the way.
+            if error.status != 400:
+                raise
+            state = self.run(run_id).state
+            if state not in ("CANCELING", "CANCELED"):
+                raise ClusterError(f"cannot cancel the run {run_id}: it is {state} already", 400) from error
 
     def spec(self, run: api.V2beta1Run) -> dict[str, Any]:
         """The first document of the IR that a run executes, whoever started it, and from where."""
@@ -261,6 +280,15 @@ class Cluster:
             made = self._by_name(name)
         return str(made.pipeline_id)
 
+    def _experiment(self, name: str) -> str | None:
+        listed = self._asked(
+            f"look up the experiment {name!r}",
+            lambda: self._experiments.experiment_service_list_experiments(
+                filter=_named(name), namespace=self.namespace, _request_timeout=TIMEOUT
+            ),
+        )
+        return str(listed.experiments[0].experiment_id) if listed.experiments else None
+
     def _by_name(self, name: str) -> api.V2beta1Pipeline:
         return self._asked(
             f"look up the pipeline {name}",
@@ -287,7 +315,10 @@ class Cluster:
             reraise=True,
         )
         try:
-            return attempts(call)
+            answer = attempts(call)
+            if hasattr(self, "api"):
+                _refuse_page(self.api)
+            return answer
         except api.ApiException as error:
             status = error.status or 0
             means = _MEANING.get(503 if status in _PASSING else status, "the server failed")
@@ -305,6 +336,14 @@ class Cluster:
 def _asks_once(client: api.ApiClient) -> None:
     """Asking again is this module's, with a pause in between."""
     client.rest_client.pool_manager.connection_pool_kw["retries"] = False
+
+
+def _refuse_page(client: api.ApiClient) -> None:
+    """A sign-in page, or another program's: the generated client would read it as an answer that says nothing."""
+    last = getattr(client, "last_response", None)
+    kind = (last.getheader("content-type") if last else None) or ""
+    if "html" in kind:
+        raise api.ApiException(status=200, reason=kind)
 
 
 def _passes(error: BaseException) -> bool:

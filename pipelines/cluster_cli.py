@@ -31,6 +31,8 @@ console = Console(width=None if sys.stdout.isatty() else 240)
 WATCH = 10.0
 # Kubeflow's cron begins with the second.
 _CRON_FIELDS = 6
+# Stands in the shipped configs for what is yours alone.
+_OPEN = "YOUR-"
 _STYLES = {"SUCCEEDED": "green", "FAILED": "red", "RUNNING": "cyan", "CANCELED": "yellow", "CANCELING": "yellow"}
 
 HostOption = Annotated[
@@ -279,6 +281,7 @@ def rerun(
 
 def _with_package(pipeline: Pipeline, loaded: RunConfig, then: Callable[[str, Path], object]) -> None:
     """Compiles, and hands the pipeline's name and the file of its IR on."""
+    _filled_in({"registry": loaded.registry})
     made = built(pipeline, loaded)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "pipeline.yaml")
@@ -312,7 +315,15 @@ def _arguments(spec: dict[str, Any], given: list[str] | None) -> dict[str, Any]:
             raise config_file.ConfigError(
                 f"{name}: {value} is for one machine; on a cluster give its place, e.g. --param {name}=gs://BUCKET/PATH"
             )
+    _filled_in({name: arguments.get(name, definition.get("defaultValue")) for name, definition in known.items()})
     return arguments
+
+
+def _filled_in(values: dict[str, Any]) -> None:
+    """What the shipped configs leave open is refused here: a pod would wait for such an image for ever."""
+    for name, value in values.items():
+        if _OPEN in str(value):
+            raise config_file.ConfigError(f"{name}: {value} is to be filled in; give your own")
 
 
 def _experiment(given: str | None, pipeline: str) -> str:

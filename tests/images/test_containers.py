@@ -14,7 +14,7 @@ from pipelines.cli import local_inputs
 from tests.images.pods import Pods
 from trackrec import config_file, storage
 from trackrec.data import schema
-from trackrec.run_config import RunConfig
+from trackrec.run_config import TRAINED, RunConfig
 
 REGISTRY = "localhost/trackrec"
 BUILT = os.environ.get("TRACKREC_IMAGES", "").split()
@@ -41,6 +41,10 @@ SMALL: dict[str, Any] = {
     "train_ctr.min_steps": 10,
     "train_ctr.seeds": 2,
     "train_ctr.grid.learning_rate": [1.0e-3],
+    # A profile's mounts.
+    **{f"resources.{stage}.work_claim": "trackrec-work" for stage in ("distill_data", *TRAINED, "sample", "encode")},
+    "resources.encode.shm": "1Gi",
+    "resources.encode.model_cache_claim": "trackrec-model-cache",
 }
 
 

@@ -26,6 +26,7 @@ from trackrec.stages import sample as sample_stage
 
 from .conftest import Compiled, compiled
 from .test_local import QUICKSTART, newest, ran, trackrec
+from .test_profiles import EXPECTED, check
 
 SHARDED = {"sample": 4, "score": 3, "generate": 2, "encode": 5}
 # What the loops write, and who reads it.
@@ -83,6 +84,7 @@ def test_each_shard_has_the_stages_whole_pod(sharded: Compiled, ml_1m: Compiled)
         assert dag.tasks[inner]["cachingOptions"] == ml_1m.tasks[title]["cachingOptions"]
         asked = ml_1m.tasks[title]["inputs"]["parameters"]
         assert {name: dag.tasks[inner]["inputs"]["parameters"][name] for name in asked} == asked
+        check(sharded, f"gather ({title})", "gather", EXPECTED["gke-a100"]["defaults"])
 
 
 def test_what_follows_reads_the_gathered_tables(sharded: Compiled) -> None:

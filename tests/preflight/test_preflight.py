@@ -83,17 +83,18 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv(storage.WORK_ENV, str(tmp_path / "work"))
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.delenv("KFP_POD_NAME", raising=False)
     return Run(tmp_path, encoder)
 
 
 @pytest.fixture
 def pod(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     # After `run`, which takes it away.
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("KFP_POD_NAME", "run-1")
 
 
-def test_all_is_well_on_one_machine(run: Run, model: Path) -> None:
+def test_all_is_well_on_one_machine(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # a notebook's pod is one, too
     assert run(model) == []
     checks = run.checks.read_text()
     for expected in (
@@ -235,6 +236,14 @@ def test_a_bucket_that_lacks_what_the_run_reads(run: Run, uploaded: str) -> None
     assert "gs://bucket/models/tin: there is no folder with files" in found[2]
 
 
+def test_many_neighbours_of_a_like_name_hide_nothing(run: Run, uploaded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "_MOST", 2)
+    for number in range(3):
+        Client().bucket("bucket").blob(f"raw-old/{number}").upload_from_string(b"data")
+    assert folders.exists(f"{uploaded}/raw") and folders.exists(f"{uploaded}/raw/ml-1m.zip")
+    assert folders.exists(uploaded) and not folders.exists(f"{uploaded}/raw-ol")
+
+
 def test_a_bucket_that_nobody_reaches_is_given_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     monkeypatch.setattr(folders, "_SECONDS", 0.5)
@@ -325,10 +334,10 @@ def test_every_stages_secrets_are_looked_for(
     monkeypatch.delenv("TEACHER_API_KEY")
     monkeypatch.setenv("STORE_TOKEN", "")
     assert run(model, asking(teacher) | secrets) == [
-        'secret teacher has no key api-key, or it is empty: kubectl create secret generic teacher '
-        '--from-literal=api-key="$TEACHER_API_KEY"',
-        'secret store has no key token, or it is empty: kubectl create secret generic store '
-        '--from-literal=token="$STORE_TOKEN"',
+        'secret teacher has no key api-key, or it is empty: printf %s "$TEACHER_API_KEY" | kubectl create secret '
+        'generic teacher --from-file=api-key=/dev/stdin',
+        'secret store has no key token, or it is empty: printf %s "$STORE_TOKEN" | kubectl create secret '
+        'generic store --from-file=token=/dev/stdin',
     ]  # fmt: skip
     monkeypatch.setenv("TEACHER_API_KEY", KEY)
     monkeypatch.setenv("STORE_TOKEN", "t")

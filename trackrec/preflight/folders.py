@@ -84,8 +84,9 @@ def exists(uri: str) -> bool:
     with gcs.explained(location, "list objects"):
         # gs://bucket/raw is no folder because gs://bucket/raw-old is there.
         inside = f"{location.path}/" if location.path else ""
-        names = (blob.name for blob in _listed(location.bucket, location.path))
-        return any(name == location.path or name.startswith(inside) for name in names)
+        if next(_listed(location.bucket, inside), None):
+            return True
+        return bool(location.path) and location.blob().exists(timeout=_SECONDS, retry=_retry())
 
 
 def _listed(bucket: str, prefix: str, delimiter: str | None = None) -> Iterator["Blob"]:

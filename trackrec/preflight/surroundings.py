@@ -21,15 +21,16 @@ _TEACHER_SECONDS = 5.0
 
 
 def in_pod() -> bool:
-    """Whether this is a container of Kubernetes, where `resources` count."""
-    return "KUBERNETES_SERVICE_HOST" in os.environ
+    """Whether this is a task's pod, where `resources` count; a notebook's on Kubernetes is one machine like another."""
+    return "KFP_POD_NAME" in os.environ
 
 
 def secrets(wanted: dict[str, SecretKey]) -> Iterator[Finding]:
     """Each environment variable that a stage's pod gets from a secret; this pod has them all, those that exist."""
     lines = [
-        f"secret {secret.secret} has no key {secret.key}, or it is empty: kubectl create secret generic "
-        f'{secret.secret} --from-literal={secret.key}="${env}"'
+        # By way of a pipe: not in the list of processes.
+        f"secret {secret.secret} has no key {secret.key}, or it is empty: "
+        f'printf %s "${env}" | kubectl create secret generic {secret.secret} --from-file={secret.key}=/dev/stdin'
         for env, secret in wanted.items()
         if not os.environ.get(env)
     ]

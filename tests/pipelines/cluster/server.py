@@ -23,6 +23,7 @@ from tests.pipelines.cluster.models import Refused, model
 
 HANG = "hang"
 PAGE = "page"
+SIGN_IN = "sign in"
 _JSON = api.ApiClient()
 _NOW = "2026-01-01T00:00:00Z"
 
@@ -30,8 +31,8 @@ _NOW = "2026-01-01T00:00:00Z"
 class KfpServer:
     """
     Attributes:
-        faults: what the next requests meet instead of an answer: a status, `HANG` (no answer in time) or `PAGE` (a
-            proxy's sign-in page).
+        faults: what the next requests meet instead of an answer: a status, `HANG` (no answer in time), `PAGE` (a
+            proxy's page of an error) or `SIGN_IN` (its page to sign in, as if all were well).
         calls: "METHOD path" of each request.
         token: if set, requests without it are not signed in.
         multi_user: runs need a namespace; "theirs" belongs to somebody else.
@@ -71,15 +72,15 @@ class KfpServer:
             raise Refused(404, f"Not Found: {request.method} {request.path}")
         except Refused as refused:
             if str(refused) == PAGE:
-                return Response("<html>Sign in</html>", refused.status, content_type="text/html")
+                return Response("<html>A page</html>", refused.status, content_type="text/html")
             told = {"error": str(refused), "code": 5, "message": f"{refused}\nmore", "details": []}
             return _json(refused.status, told)
 
     def _fail(self, fault: int | str) -> None:
         if fault == HANG:
             time.sleep(self.hang)
-        elif fault == PAGE:
-            raise Refused(503, PAGE)
+        elif fault in (PAGE, SIGN_IN):
+            raise Refused(503 if fault == PAGE else 200, PAGE)
         else:
             assert isinstance(fault, int)
             raise Refused(fault, "not today")
@@ -186,8 +187,8 @@ class KfpServer:
 
     def _terminate(self, request: Request, key: str) -> dict[str, Any]:
         run = _get(self.runs, key)
-        if run.state in ("SUCCEEDED", "FAILED"):
-            raise Refused(400, f"the run {key} has ended")
+        if run.state not in ("PENDING", "RUNNING", "PAUSED"):
+            raise Refused(400, f"Failed to terminate a run {key}. Row not found")
         run.state = "CANCELED"
         return {}
 
@@ -210,7 +211,7 @@ class KfpServer:
             details.append({**detail, "display_name": "executor"})
             pods[f"pod-{number}-driver"] = (f"w.root.{name}-driver", "driver at work\n")
             if title not in cached:
-                pods[f"pod-{number}"] = (f"w.root.{name}.executor(0)", f"{title} at work\nTraceback\n")
+                pods[f"pod-{number}"] = (f"w.root.{name}.executor(0)", f"{title} at work ✔\nTraceback\n")
             component = spec["components"][task["componentRef"]["name"]]
             importer = spec["deploymentSpec"]["executors"].get(component.get("executorLabel"), {}).get("importer")
             execution = message("Execution", id=number, last_known_state=CACHED if title in cached else COMPLETE)
@@ -315,7 +316,9 @@ class KfpServer:
         assert request.args["container"] == "main"
         [log] = [pods[pod][1] for pods in self.pods.values() if pod in pods]
         lines = log.splitlines(keepends=True)
-        return Response("".join(lines[-int(request.args.get("tailLines", len(lines))) :]), content_type="text/plain")
+        text = "".join(lines[-int(request.args.get("tailLines", len(lines))) :])
+        # As they come: a character may be cut in two.
+        return Response((bytes([byte]) for byte in text.encode()), content_type="text/plain")
 
 
 def _json(status: int, body: Any) -> Response:

@@ -6,11 +6,13 @@ from typing import Any
 import kfp_server_api as api
 import pytest
 import yaml
+from werkzeug import Request
 
 from pipelines import client, ir
 from pipelines.client import Cluster
 from tests.pipelines.cluster.conftest import Run, run_in
-from tests.pipelines.cluster.server import HANG, PAGE, KfpServer
+from tests.pipelines.cluster.models import Refused
+from tests.pipelines.cluster.server import HANG, PAGE, SIGN_IN, KfpServer
 
 
 def test_a_second_upload_of_the_same_pipeline_is_unchanged(server: KfpServer, trackrec: Run, config: str) -> None:
@@ -47,6 +49,20 @@ def test_a_version_uploaded_at_the_same_moment_by_another_counts_as_ours(server:
     cluster._version = blind_once  # type: ignore[method-assign]
     version, is_new = cluster.upload("p", "v", str(package))
     assert not is_new and version.display_name == "v"
+
+
+def test_an_experiment_made_at_the_same_moment_by_another_counts_as_ours(server: KfpServer) -> None:
+    cluster = Cluster(None, None)
+    listed = server._list_experiments
+    theirs = cluster.experiment("nightly")
+
+    def none_yet(request: Request) -> Any:
+        server._list_experiments = listed  # type: ignore[method-assign]
+        return api.V2beta1ListExperimentsResponse()
+
+    server._list_experiments = none_yet  # type: ignore[method-assign]
+    assert cluster.experiment("nightly") == theirs
+    assert "POST /apis/v2beta1/experiments" in server.calls[-2:]
 
 
 def test_a_run_is_of_the_uploaded_version_with_its_parameters(server: KfpServer, trackrec: Run, config: str) -> None:
@@ -89,6 +105,9 @@ def test_without_cache_no_task_of_the_run_may_use_it(server: KfpServer, trackrec
         (("--param", "raw_data=package:ml-100k"), "raw_data: package:ml-100k is for one machine"),
         (("--pipeline", "backbones"), "the pipeline needs --param contexts="),
         (("--set", "sample.m=1"), "sample.m: unknown key"),
+        (("--set", "registry=YOUR-REGISTRY/trackrec"), "registry: YOUR-REGISTRY/trackrec is to be filled in"),
+        (("--set", "encoder=gs://YOUR-BUCKET/bert"), "encoder: gs://YOUR-BUCKET/bert is to be filled in"),
+        (("--param", "raw_data=gs://YOUR-BUCKET/raw"), "raw_data: gs://YOUR-BUCKET/raw is to be filled in"),
     ],
 )
 def test_what_cannot_run_is_refused_before_the_server_is_asked(
@@ -131,6 +150,14 @@ def test_a_schedule_that_cannot_be_replaced_stays(server: KfpServer, trackrec: R
     made = server.calls.index("POST /apis/v2beta1/recurringruns")
     [deleted] = [number for number, call in enumerate(server.calls) if call.startswith("DELETE")]
     assert made < deleted
+
+    def refused(request: Request) -> Any:
+        raise Refused(503, "not today")
+
+    server._create_schedule = refused  # type: ignore[method-assign]
+    assert "cannot make the schedule 'nightly'" in trackrec(*nightly, "0 0 5 * * *", fails=True)
+    [kept] = server.schedules.values()
+    assert (kept.trigger.cron_schedule.cron, kept.status) == ("0 0 4 * * *", "ENABLED")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +212,8 @@ def test_what_passes_is_asked_again(server: KfpServer, impatient: None, trackrec
         ([503] * 4, "cannot read the run 7: the server is not ready; try again later (HTTP 503: not today)"),
         ([PAGE] * 4, "the server is not ready; try again later (HTTP 503: SERVICE UNAVAILABLE)"),
         ([HANG] * 4, "cannot read the run 7: no answer within 1 s"),
+        ([302], "cannot read the run 7: you are not signed in: give a token file by KF_PIPELINES_SA_TOKEN_PATH"),
+        ([SIGN_IN], "cannot read the run 7: a web page came in place of an answer; mend --host, or you are not signed"),
     ],
 )
 def test_each_error_is_one_line(
@@ -195,6 +224,15 @@ def test_each_error_is_one_line(
     server.faults = faults
     told = trackrec("status", "7", fails=True)
     assert message in told and told.count("\n") == 1
+
+
+def test_a_page_is_no_answer(server: KfpServer, trackrec: Run, tmp_path: Path) -> None:
+    """Where nothing is read of the answer, too; and at the first call, which asks for the server's health."""
+    server.faults = [SIGN_IN]
+    assert "cannot connect to http" in (told := trackrec("cancel", "7", fails=True)) and "a web page came" in told
+    (tmp_path / "context.json").write_text('{"namespace": "mine"}')
+    server.faults = [SIGN_IN]
+    assert "cannot cancel the run 7: a web page came" in trackrec("cancel", "7", fails=True)
 
 
 def test_a_conflict_is_named(server: KfpServer, trackrec: Run, config: str) -> None:

@@ -15,6 +15,13 @@ from tests.pipelines.cluster.server import KfpServer
 # The paper's pipeline has too many tasks to compile for a look at the commands.
 SMALLER = ("ranking.backbones=[dcn]", "ranking.controls_of=[]", "ranking.by_iteration_of=[]", "loop.controls=false")
 SMALLER_STILL = ("loop.iterations=2",)
+# What the reader has filled in.
+OWN = (
+    "registry=registry.example/trackrec",
+    "raw_data=gs://cluster/raw/ml-1m.zip",
+    "base_model=gs://cluster/models/qwen",
+    "encoder=gs://cluster/models/bert",
+)
 
 
 @pytest.fixture
@@ -39,13 +46,14 @@ def test_the_pages_commands_do_what_it_says(
     run = ""
     for command, *arguments in commands():
         if "--config" in arguments:
-            arguments += [part for setting in SMALLER + SMALLER_STILL for part in ("--set", setting)]
+            arguments += [part for setting in SMALLER + SMALLER_STILL + OWN for part in ("--set", setting)]
         if "RUN_ID" in arguments and command != "cancel" and server.runs[run].state == "PENDING":
             server.work(run, bucket=bucket)
             blob = f"v2/{run}/compare/results/table2.csv"
             Client().bucket("cluster").blob(blob).upload_from_string("AUC\n0.7\n")
             Client().bucket("cluster").blob(f"v2/{run}/compare/page").upload_from_string("<html>")
         arguments = [run if part == "RUN_ID" else part for part in arguments]
+        arguments = [part.replace("YOUR-BUCKET", "cluster") for part in arguments]
         arguments = [str(tmp_path / part) if part == "results" else part for part in arguments]
         output = trackrec(command, *arguments)
         told.setdefault(command, []).append(output)

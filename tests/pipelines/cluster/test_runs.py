@@ -2,12 +2,14 @@
 
 import re
 import threading
+import time
 
 import kfp_server_api as api
+import pytest
 import yaml
-from werkzeug import Response
+from werkzeug import Request, Response
 
-from pipelines import ir
+from pipelines import ir, pods
 from pipelines.client import Cluster
 from tests.pipelines.cluster.conftest import BUCKET, Run, run_in
 from tests.pipelines.cluster.server import KfpServer
@@ -44,7 +46,7 @@ def test_logs_are_those_of_the_tasks_own_pods(server: KfpServer, trackrec: Run, 
     run_id = run_in(trackrec("submit", "--config", config))
     server.work(run_id, until="sample 1", cached=("contexts",))
     everything = trackrec("logs", run_id)
-    assert "ingest at work" in everything and "sample 1 at work" in everything
+    assert "ingest at work ✔" in everything and "sample 1 at work ✔" in everything
     # A task of the cache never had a pod but its driver's.
     assert everything.count("driver at work") == 1
     one = trackrec("logs", run_id, "sample 1", "--tail", "1")
@@ -58,10 +60,32 @@ def test_logs_are_those_of_the_tasks_own_pods(server: KfpServer, trackrec: Run, 
     assert f"no pod of the run {run_id} in the namespace kubeflow" in trackrec("logs", run_id, fails=True)
 
 
+def test_kubernetes_that_gives_no_answer_is_given_up(
+    server: KfpServer, trackrec: Run, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = run_in(trackrec("submit", "--config", config))
+    server.work(run_id)
+    monkeypatch.setattr(pods, "_TIMEOUT", tuple(seconds / 30 for seconds in pods._TIMEOUT))
+    listed = server._list_pods
+
+    def slow(request: Request, namespace: str) -> Response:
+        time.sleep(server.hang)
+        return listed(request, namespace)
+
+    server._list_pods = slow  # type: ignore[method-assign]
+    told = trackrec("logs", run_id, fails=True)
+    assert "Kubernetes cannot be reached" in told and told.count("\n") == 1
+
+
 def test_a_cancelled_run_is_terminated(server: KfpServer, trackrec: Run, config: str) -> None:
     run_id = run_in(trackrec("submit", "--config", config))
     assert f"cancelled {run_id}" in trackrec("cancel", run_id)
     assert server.runs[run_id].state == "CANCELED"
+    # Again, as after an answer that was lost.
+    assert f"cancelled {run_id}" in trackrec("cancel", run_id)
+    ended = run_in(trackrec("submit", "--config", config))
+    server.work(ended)
+    assert f"cannot cancel the run {ended}: it is SUCCEEDED already" in trackrec("cancel", ended, fails=True)
 
 
 def test_artifacts_are_listed_with_their_uris(server: KfpServer, trackrec: Run, config: str) -> None:
