@@ -84,6 +84,15 @@ def test_the_papers_settings() -> None:
             {"sdpo": {"batch_size": 6}, "resources": {"sdpo": {"accelerator": {"count": 4}}}},
             r"`sdpo\.batch_size` \(6\) must be a multiple of `sdpo\.micro_batch_size` \(1\) × .* \(4 processes\)",
         ),
+        (
+            {
+                "resources": {
+                    stage: {"secrets": [{"secret": f"of-{stage}", "key": "key", "env": "TOKEN"}]}
+                    for stage in ("ingest", "sample")
+                }
+            },
+            r"resources: `sample\.secrets` gives TOKEN another secret",
+        ),
         ({"sdpo": {"lora": {"r": 8}}}, r"`sdpo\.lora` goes on with the adapter of `sft_generator`"),
         ({"sdpo": {"lora": {"r": 8}}, "sft_generator": {"lora": {"r": 16}}}, r"give both the same `lora`"),
         (

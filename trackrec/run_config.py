@@ -176,6 +176,19 @@ class StageResources(Settings):
                 raise ValueError(f"`{stage}.nodes` needs `{stage}.work_claim`: all nodes read and write there")
         return self
 
+    @model_validator(mode="after")
+    def _a_variable_holds_one_secret(self) -> Self:
+        """`preflight` is given the secrets of all stages at once."""
+        found: dict[str, SecretKey] = {}
+        for stage, resources in self:
+            for secret in resources.secrets:
+                if found.setdefault(secret.env, secret) != secret:
+                    raise ValueError(
+                        f"`{stage}.secrets` gives {secret.env} another secret than an earlier stage does; "
+                        "name another `env`"
+                    )
+        return self
+
 
 # What the prompts of a domain tell the model (trackrec/prompts/templates): a rating above this means like.
 _LIKED_ABOVE: dict[Domain, int] = {"movies": 3, "books": 4}

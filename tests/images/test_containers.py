@@ -1,14 +1,17 @@
 """The quick start in its real images: built by images/test.sh, run from the compiled pipelines' IR."""
 
+import json
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kfp import compiler
 
-from components.images import IMAGE_OF, tagged
+from components.images import IMAGE_OF, LOCKS_OF, tagged
 from pipelines import backbones, trackrec
 from pipelines.cli import local_inputs
 from tests.images.pods import Pods
@@ -108,6 +111,17 @@ def test_an_image_runs_as_nobody_in_particular_and_holds_no_installer(image: str
 @built("data")
 def test_the_data_image_holds_no_torch() -> None:
     assert "No module named 'torch'" in inside("data", "python3 -c 'import torch'").stderr
+
+
+@built("data")
+def test_an_sbom_lists_what_the_lock_pins(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "images/make.py", "sbom", "data", f"--out={tmp_path}"], check=True)
+    found = json.loads((tmp_path / "data.cdx.json").read_text(encoding="utf-8"))
+    assert (found["bomFormat"], found["metadata"]["component"]["name"]) == ("CycloneDX", "trackrec/data")
+    locks = "".join(Path(f"requirements/{lock}.txt").read_text(encoding="utf-8") for lock in LOCKS_OF["data"])
+    pinned = set(re.findall(r"^([a-z0-9._-]+)==([^ ;]+)", locks, re.MULTILINE))
+    assert {(one["name"], one["version"]) for one in found["components"]} == pinned
+    assert all(one["purl"].startswith("pkg:pypi/") for one in found["components"])
 
 
 @pytest.fixture(scope="module")
