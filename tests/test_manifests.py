@@ -391,10 +391,23 @@ def test_the_docs_create_every_secret_that_is_named(created: dict[str, set[str]]
 
 @needs_kubectl
 def test_workload_identity_is_the_stages_accounts() -> None:
-    account = named(made("overlays/gke"), "ServiceAccount", "trackrec")
-    assert account["metadata"]["annotations"] == {
-        "iam.gke.io/gcp-service-account": "trackrec@YOUR-PROJECT.iam.gserviceaccount.com"
-    }
+    """And those of Spark's driver and executors, which read and write the same bucket."""
+    spec = sparkjob.manifest("s", "local:///s.py", SparkApplication())["spec"]
+    for name in {"trackrec", *(spec[part]["serviceAccount"] for part in ("driver", "executor"))}:
+        account = named(made("overlays/gke"), "ServiceAccount", name)
+        assert account["metadata"]["annotations"] == {
+            "iam.gke.io/gcp-service-account": "trackrec@YOUR-PROJECT.iam.gserviceaccount.com"
+        }
+
+
+@needs_kubectl
+def test_every_pod_on_premises_pulls_with_the_registrys_login() -> None:
+    """The nodes of a training have no account of their own, so their runtime names it."""
+    items, login = made("overlays/on-prem"), [{"name": "trackrec-registry"}]
+    for name in ("trackrec", SparkApplication().service_account):
+        assert named(items, "ServiceAccount", name)["imagePullSecrets"] == login
+    [job] = named(items, "TrainingRuntime", "trackrec")["spec"]["template"]["spec"]["replicatedJobs"]
+    assert job["template"]["spec"]["template"]["spec"]["imagePullSecrets"] == login
 
 
 @needs_kubectl
