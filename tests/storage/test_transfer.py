@@ -136,6 +136,10 @@ def test_a_stages_output_that_has_changed_is_not_uploaded(bucket: str, tmp_path:
 def test_nothing_is_no_directory(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no file to upload"):
         storage.upload(tmp_path, f"{bucket}/v")
+    (tmp_path / "ml-1m.zip").write_bytes(b"raw")
+    for name in ("ml-1m.zip", "nowhere"):
+        with pytest.raises(FileNotFoundError, match=rf"{name} is no folder; name the one that holds"):
+            storage.upload(tmp_path / name, f"{bucket}/v")
 
 
 def test_a_folder_here_is_published_alike(tmp_path: Path) -> None:
