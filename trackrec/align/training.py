@@ -154,6 +154,9 @@ def load_trainable(settings: TrainingSettings, base_model: Path, model: Path, se
     if settings.deepspeed:
         import deepspeed
 
+        # On CPUs it would compile an exchange through shared memory, behind a lock file that a killed process leaves:
+        # every later training of this machine would wait for it for ever. gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # On a GPU accelerate has done it; on CPUs ZeRO-3 would take itself for the only process.
         deepspeed.init_distributed(auto_mpi_discovery=False)
     loaded = models.load_model(base_model, model, dtype=dtype, trainable=True)
