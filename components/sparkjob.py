@@ -112,6 +112,8 @@ def manifest(name: str, script: str, application: SparkApplication) -> dict[str,
                 "instances": application.executors,
                 "cores": application.executor_cores,
                 "memory": _java(application.executor_memory),
+                # It reads and writes the same bucket.
+                "serviceAccount": application.service_account,
                 "securityContext": _RESTRICTED,
             },
         },
@@ -217,10 +219,7 @@ class _Job:
     def _answering(self, pod: str) -> str | None:
         """The server's address if something listens there."""
         try:
-            one = {"field_selector": f"metadata.name={pod}", "_request_timeout": _TIMEOUT}
-            [ip] = [found.status.pod_ip for found in self.core.list_namespaced_pod(self.namespace, **one).items] or [
-                None
-            ]
+            ip = self.core.read_namespaced_pod(pod, self.namespace, _request_timeout=_TIMEOUT).status.pod_ip
         except (ApiException, HTTPError) as error:
             if isinstance(error, ApiException) and error.status in (401, 403):
                 raise self._explained(error) from None

@@ -31,11 +31,20 @@ def preflighted(config: RunConfig, *, encoder: str, raw_data: str = "", base_mod
     Args:
         encoder, raw_data, base_model: their URIs, the pipeline's parameters.
     """
+    task = preflight(config=values(config), raw_data=raw_data, base_model=base_model, encoder=encoder)
+    return placed_preflight(task, config, loop=bool(base_model))
+
+
+def placed_preflight(task: PipelineTask, config: RunConfig, *, loop: bool) -> PipelineTask:
+    """Gives `preflight` its pod, with the secrets of all stages that the run has.
+
+    Args:
+        loop: whether those are more than the ranking models'.
+    """
     own = config.resources.preflight.model_copy(update={"cache": False, "retries": 0, "secrets": []})
     resources = config.resources.model_copy(update={"preflight": own})
-    task = preflight(config=values(config), raw_data=raw_data, base_model=base_model, encoder=encoder)
     place(task, "preflight", config.model_copy(update={"resources": resources}))
-    for env, secret in secrets_of(config, loop=bool(base_model)).items():
+    for env, secret in secrets_of(config, loop=loop).items():
         # Optional: with one missing, the pod would wait for it instead of saying so.
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: env}, optional=True)
     return task

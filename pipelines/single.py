@@ -9,6 +9,7 @@ from kfp.dsl.graph_component import GraphComponent
 
 from components import stages
 from pipelines.placement import place, values
+from pipelines.preparation import placed_preflight
 from pipelines.recording import RunRecord, TaskRecord
 from pipelines.sharding import TABLE_OF, Sharded, written
 from trackrec import config_file
@@ -42,6 +43,8 @@ def configured(task: TaskRecord, path: Path, overrides: dict[str, Any]) -> RunCo
     keys = {"settings": task.stage, "data": "data", "seed": "seed"}
     own = [key for parameter, key in keys.items() if parameter in task.parameters] + [f"resources.{task.stage}"]
     for key in overrides:
+        if "config" in task.parameters and key not in task.parameters:
+            continue  # `preflight` reads it all; its other parameters are the run's addresses
         if not any(f"{key}.".startswith(f"{section}.") for section in own):
             raise config_file.ConfigError(f"{key}: not a setting of {task.title}; allowed here: {', '.join(own)}")
     return config_file.load(path, overrides)
@@ -57,6 +60,8 @@ def build(config: RunConfig, task: TaskRecord) -> GraphComponent:
         parameters["data"] = values(config.data)
     if "seed" in parameters:
         parameters["seed"] = config.seed
+    if "config" in parameters:
+        parameters["config"] = values(config)
 
     @dsl.pipeline(name=f"{config.name}-{stage}".replace("_", "-"), description=f"The stage {stage} alone.")
     def one_stage() -> None:
@@ -69,6 +74,8 @@ def build(config: RunConfig, task: TaskRecord) -> GraphComponent:
         called = partial(stages.load(stage), **parameters, **inputs)
         if stage in TABLE_OF:
             written(cast(Sharded, stage), config, task.title, called)
+        elif stage == "preflight":
+            placed_preflight(called(), config, loop=bool(parameters["base_model"]))
         else:
             place(called(), stage, config, task.title)
 

@@ -28,6 +28,18 @@ def test_warm_up_is_a_share_of_the_steps_and_seeds_of_any_size_do(tmp_path: Path
     assert Path(str(args.output_dir)) == tmp_path / "checkpoints"
 
 
+def test_deepspeeds_checkpoints_are_of_one_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses to load another number's, so a training with more nodes than before begins anew."""
+    plain, sharded = TrainingSettings(), TrainingSettings(deepspeed="zero3")
+    found = []
+    for processes in ("8", "16"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        found.append([training.arguments(one, tmp_path, seed=0)["output_dir"] for one in (plain, sharded)])
+    (same, eight), (again, sixteen) = found
+    assert same == again == str(tmp_path / "checkpoints")
+    assert (eight, sixteen) == (str(tmp_path / "checkpoints-8"), str(tmp_path / "checkpoints-16"))
+
+
 def test_deepspeed_shards_what_its_stage_says() -> None:
     assert training.deepspeed_config("zero2")["zero_optimization"]["stage"] == 2
     zero3 = training.deepspeed_config("zero3")["zero_optimization"]

@@ -45,9 +45,8 @@ class Operator:
         one = re.compile(f"^{APPLICATIONS}/trackrec-[0-9a-f]{{12}}$")
         server.expect_request(one, method="GET").respond_with_handler(self._get)
         server.expect_request(one, method="DELETE").respond_with_handler(self._delete)
-        pods = {"kind": "PodList", "items": [{"metadata": {"name": "the-driver"}, "status": {"podIP": "127.0.0.1"}}]}
-        one_pod = {"fieldSelector": "metadata.name=the-driver"}
-        server.expect_request(PODS, method="GET", query_string=one_pod).respond_with_json(pods)
+        pod = {"metadata": {"name": "the-driver"}, "status": {"podIP": "127.0.0.1"}}
+        server.expect_request(f"{PODS}/the-driver", method="GET").respond_with_json(pod)
         server.expect_request(f"{PODS}/the-driver/log").respond_with_handler(lambda _: Response(self.log))
         self.cluster = Cluster(ApiClient(Configuration(host=server.url_for("").rstrip("/"))), "team")
 
@@ -147,7 +146,7 @@ def test_the_manifest_says_what_the_settings_say(
     spec = operator.body["spec"]
     assert spec["driver"].pop("securityContext") == spec["executor"].pop("securityContext")
     assert spec["driver"] == {"cores": 1, "memory": "3072m", "serviceAccount": "driver"}
-    assert spec["executor"] == {"instances": 3, "cores": 5, "memory": "7168m"}
+    assert spec["executor"] == {"instances": 3, "cores": 5, "memory": "7168m", "serviceAccount": "driver"}
     assert (spec["image"], spec["sparkVersion"], spec["mode"]) == ("spark:own", "4.0.1", "cluster")
     assert spec["sparkConf"] == {sparkjob.PORT_KEY: listener}
 

@@ -48,13 +48,13 @@ def alone(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return rec_tune.train(RecTuneSettings(**SETTINGS), inputs, root / "out", root / "work", 5), root / "out"
 
 
-def call_for(inputs: dict[str, Path], root: Path) -> Path:
+def call_for(inputs: dict[str, Path], root: Path, **settings: Any) -> Path:
     """A call as the stage writes it."""
     (root / "out").mkdir()
     call = node.Call(
         stage="rec_tune",
         name="test",
-        settings=RecTuneSettings(**SETTINGS).model_dump(mode="json"),
+        settings=RecTuneSettings(**SETTINGS | settings).model_dump(mode="json"),
         inputs=inputs,
         out=root / "out",
         work=root / "work",
@@ -138,6 +138,20 @@ def test_two_nodes_train_as_one_process(
     nodes = [start(rank, call, address) for rank in (0, 1)]
     assert [process.wait(PATIENCE) for process in nodes] == [0, 0], logs(tmp_path)
     assert check_like_alone(tmp_path, alone)["resumed_from_step"] == 0
+
+
+def test_two_nodes_train_as_one_process_under_zero_3(
+    inputs: dict[str, Path], alone: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """Though a training that was killed while DeepSpeed compiled has left its lock."""
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    call, address = call_for(inputs, tmp_path, deepspeed="zero3"), free_address()
+    extensions = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    nodes = [start(rank, call, address, **extensions) for rank in (0, 1)]
+    assert [process.wait(PATIENCE) for process in nodes] == [0, 0], logs(tmp_path)
+    check_like_alone(tmp_path, alone)
 
 
 def test_a_training_that_lost_a_node_resumes_from_its_last_checkpoint_to_the_same_weights(

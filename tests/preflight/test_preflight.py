@@ -236,12 +236,27 @@ def test_a_bucket_that_lacks_what_the_run_reads(run: Run, uploaded: str) -> None
     assert "gs://bucket/models/tin: there is no folder with files" in found[2]
 
 
-def test_many_neighbours_of_a_like_name_hide_nothing(run: Run, uploaded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_data_is_found_beside_a_folder_whose_name_goes_on(
+    run: Run, uploaded: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`log-old/` comes before `log/` in a bucket's order, and may hold more than is ever listed."""
     monkeypatch.setattr(folders, "_MOST", 2)
+    bucket = Client().bucket("bucket")
     for number in range(3):
-        Client().bucket("bucket").blob(f"raw-old/{number}").upload_from_string(b"data")
-    assert folders.exists(f"{uploaded}/raw") and folders.exists(f"{uploaded}/raw/ml-1m.zip")
-    assert folders.exists(uploaded) and not folders.exists(f"{uploaded}/raw-ol")
+        bucket.blob(f"log-old/{number}").upload_from_string(b"old")
+    [line] = run(model, raw_data=f"{uploaded}/log")
+    assert "nothing lies at gs://bucket/log; upload it" in line
+    bucket.blob("log/0.parquet").upload_from_string(b"new")
+    assert run(model, raw_data=f"{uploaded}/log") == []
+
+
+def test_a_published_place_is_no_address_for_a_run(run: Run, uploaded: str, model: Path) -> None:
+    """Kubeflow would copy the place and all that was ever published there."""
+    files = storage.upload(model, f"{uploaded}/published/tiny")
+    assert run(files, raw_data=files) == []
+    found = run(f"{uploaded}/published/tiny", raw_data=f"{uploaded}/published/tiny")
+    said = f"{uploaded}/published/tiny: the files lie in a folder of it; give {files}, as `trackrec put` prints it"
+    assert found == [f"raw_data: {said}", f"base_model: {said}"]
 
 
 def test_a_bucket_that_nobody_reaches_is_given_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,11 +349,12 @@ def test_every_stages_secrets_are_looked_for(
     monkeypatch.delenv("TEACHER_API_KEY")
     monkeypatch.setenv("STORE_TOKEN", "")
     assert run(model, asking(teacher) | secrets) == [
+        # By way of a pipe: the list of processes shows arguments.
         'secret teacher has no key api-key, or it is empty: printf %s "$TEACHER_API_KEY" | kubectl create secret '
-        'generic teacher --from-file=api-key=/dev/stdin',
+        "generic teacher --from-file=api-key=/dev/stdin",
         'secret store has no key token, or it is empty: printf %s "$STORE_TOKEN" | kubectl create secret '
-        'generic store --from-file=token=/dev/stdin',
-    ]  # fmt: skip
+        "generic store --from-file=token=/dev/stdin",
+    ]
     monkeypatch.setenv("TEACHER_API_KEY", KEY)
     monkeypatch.setenv("STORE_TOKEN", "t")
     assert run(model, asking(teacher) | secrets) == []

@@ -11,7 +11,7 @@ from werkzeug import Request
 from tests.storage.directories import files_of, generations, noise, publish, write
 from tests.storage.proxy import between
 from trackrec import storage
-from trackrec.storage import gcs
+from trackrec.storage import gcs, publication
 
 FILES = {"a.txt": b"hello", "deep/er/ü b.bin": noise(3000), "empty": b""}
 
@@ -136,6 +136,10 @@ def test_a_stages_output_that_has_changed_is_not_uploaded(bucket: str, tmp_path:
 def test_nothing_is_no_directory(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no file to upload"):
         storage.upload(tmp_path, f"{bucket}/v")
+    (tmp_path / "ml-1m.zip").write_bytes(b"raw")
+    for name in ("ml-1m.zip", "nowhere"):
+        with pytest.raises(FileNotFoundError, match=rf"{name} is no folder; name the one that holds"):
+            storage.upload(tmp_path / name, f"{bucket}/v")
 
 
 def test_a_folder_here_is_published_alike(tmp_path: Path) -> None:
@@ -157,3 +161,28 @@ def test_a_folder_here_is_published_alike(tmp_path: Path) -> None:
     with pytest.raises(storage.CorruptError, match=r"a\.txt differs from its checksum"):
         storage.upload(out, str(tmp_path / "elsewhere"))
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_of_two_writers_to_a_folder_here_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes when the first has copied all and has only to put it in place."""
+    one, two = (publish(tmp_path / name, {"x": name.encode()}) for name in ("one", "two"))
+    there, swap, lost = tmp_path / "there", publication.swap, []
+
+    def upload_two() -> None:
+        with pytest.raises(storage.OccupiedError, match="holds something else"):
+            storage.upload(two, str(there))
+        lost.append(two)
+
+    second = threading.Thread(target=upload_two)
+
+    def last(*given: Path) -> None:
+        if not second.ident:
+            second.start()
+            second.join(0.5)
+        swap(*given)
+
+    monkeypatch.setattr(publication, "swap", last)
+    storage.upload(one, str(there))
+    second.join(10)
+    assert lost == [two] and (there / "x").read_bytes() == b"one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "there", "two", "work"]

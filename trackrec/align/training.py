@@ -58,11 +58,13 @@ def arguments(settings: TrainingSettings, work: Path, seed: int) -> dict[str, An
     """Keyword arguments for `transformers.TrainingArguments` or a subclass of it.
 
     Args:
-        work: survives a kill; checkpoints go to `work/checkpoints`.
+        work: survives a kill; checkpoints go to `work/checkpoints`, DeepSpeed's to a folder for their number of
+            processes: cut into so many parts, they cannot be gone on with by another number.
     Raises:
         ValueError: `batch_size` cannot be had with this `micro_batch_size` on this many processes.
     """
     on_gpu = torch.cuda.is_available()
+    checkpoints = f"checkpoints-{world_size()}" if settings.deepspeed else "checkpoints"
     step = settings.micro_batch_size * world_size()
     if settings.batch_size % step:
         raise ValueError(
@@ -70,7 +72,7 @@ def arguments(settings: TrainingSettings, work: Path, seed: int) -> dict[str, An
             f"{world_size()} processes = {step}; change one of them"
         )
     return {
-        "output_dir": str(work / "checkpoints"),
+        "output_dir": str(work / checkpoints),
         "per_device_train_batch_size": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.batch_size // step,
         "learning_rate": settings.learning_rate,
@@ -152,6 +154,9 @@ def load_trainable(settings: TrainingSettings, base_model: Path, model: Path, se
     if settings.deepspeed:
         import deepspeed
 
+        # On CPUs it would compile an exchange through shared memory, behind a lock file that a killed process leaves:
+        # every later training of this machine would wait for it for ever. gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # On a GPU accelerate has done it; on CPUs ZeRO-3 would take itself for the only process.
         deepspeed.init_distributed(auto_mpi_discovery=False)
     loaded = models.load_model(base_model, model, dtype=dtype, trainable=True)

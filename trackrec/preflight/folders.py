@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trackrec.storage import RemoteError, gcs
+from trackrec.storage import CorruptError, RemoteError, gcs, is_remote, marker
 
 if TYPE_CHECKING:
     from google.api_core.retry import Retry
@@ -34,7 +34,7 @@ class Folder:
         """
         if self.sizes[name] > _LARGEST:
             raise RemoteError(f"{self.uri}/{name} has {self.sizes[name]} bytes, more than a file of this kind has")
-        if not is_bucket(self.uri):
+        if not is_remote(self.uri):
             try:
                 return (Path(self.uri) / name).read_bytes()
             except OSError as error:
@@ -44,26 +44,23 @@ class Folder:
             return bytes(location.blob().download_as_bytes(timeout=_SECONDS, retry=_retry()))
 
 
-def is_bucket(uri: str) -> bool:
-    return uri.startswith(gcs.SCHEME)
-
-
 def can_be_read(uri: str) -> bool:
     """Whether `uri` is of a kind that is read here: a path or gs://."""
-    return is_bucket(uri) or "://" not in uri
+    return is_remote(uri) or "://" not in uri
 
 
 def open_folder(uri: str) -> Folder:
     """
     Raises:
-        RemoteError: nothing lies there, or it cannot be listed; says why.
+        RemoteError: nothing lies there, its files lie deeper, or it cannot be listed; says why.
     """
     sizes: dict[str, int] = {}
-    if is_bucket(uri):
+    if is_remote(uri):
         location = gcs.Location.parse(uri)
+        refuse_place(location)
         prefix = f"{location.path}/" if location.path else ""
         with gcs.explained(location, "list objects"):
-            for blob in _listed(location.bucket, prefix, delimiter="/"):
+            for blob in _listed(location.bucket, prefix, most=_MOST, delimiter="/"):
                 sizes[blob.name.removeprefix(prefix)] = blob.size
     elif Path(uri).is_dir():
         sizes = {path.name: path.stat().st_size for path in Path(uri).iterdir() if path.is_file()}
@@ -76,22 +73,40 @@ def exists(uri: str) -> bool:
     """Whether a file or a folder lies there.
 
     Raises:
-        RemoteError: that cannot be found out.
+        RemoteError: that cannot be found out, or its files lie deeper.
     """
-    if not is_bucket(uri):
+    if not is_remote(uri):
         return Path(uri).exists()
     location = gcs.Location.parse(uri)
+    refuse_place(location)
     with gcs.explained(location, "list objects"):
-        # gs://bucket/raw is no folder because gs://bucket/raw-old is there.
+        # gs://bucket/raw is no folder because gs://bucket/raw-old is there, however much that holds: an object of just
+        # this name comes first of all that begin so, and a folder's are asked for on their own.
         inside = f"{location.path}/" if location.path else ""
-        if next(_listed(location.bucket, inside), None):
-            return True
-        return bool(location.path) and location.blob().exists(timeout=_SECONDS, retry=_retry())
+        named = any(blob.name == location.path for blob in _listed(location.bucket, location.path, most=1))
+        return named or any(True for _ in _listed(location.bucket, inside, most=1))
 
 
-def _listed(bucket: str, prefix: str, delimiter: str | None = None) -> Iterator["Blob"]:
+def refuse_place(location: gcs.Location) -> None:
+    """
+    Raises:
+        RemoteError: `trackrec put` has published there; names the folder that a run on a cluster must be given.
+    """
+    name = (location / marker.MARKER).path
+    with gcs.explained(location, "list objects"):
+        there = any(blob.name == name for blob in _listed(location.bucket, name, most=1))
+    try:
+        found = marker.read(location) if there else None
+    except CorruptError as error:
+        raise RemoteError(str(error)) from error
+    if found:
+        folder = location / found[0].folder
+        raise RemoteError(f"{location}: the files lie in a folder of it; give {folder}, as `trackrec put` prints it")
+
+
+def _listed(bucket: str, prefix: str, *, most: int, delimiter: str | None = None) -> Iterator["Blob"]:
     blobs = gcs.client().list_blobs(
-        bucket, prefix=prefix, delimiter=delimiter, max_results=_MOST, timeout=_SECONDS, retry=_retry()
+        bucket, prefix=prefix, delimiter=delimiter, max_results=most, timeout=_SECONDS, retry=_retry()
     )
     yield from blobs
 

@@ -28,9 +28,8 @@ def in_pod() -> bool:
 def secrets(wanted: dict[str, SecretKey]) -> Iterator[Finding]:
     """Each environment variable that a stage's pod gets from a secret; this pod has them all, those that exist."""
     lines = [
-        # By way of a pipe: not in the list of processes.
-        f"secret {secret.secret} has no key {secret.key}, or it is empty: "
-        f'printf %s "${env}" | kubectl create secret generic {secret.secret} --from-file={secret.key}=/dev/stdin'
+        f'secret {secret.secret} has no key {secret.key}, or it is empty: printf %s "${env}" | kubectl create secret '
+        f"generic {secret.secret} --from-file={secret.key}=/dev/stdin"
         for env, secret in wanted.items()
         if not os.environ.get(env)
     ]

@@ -35,7 +35,7 @@ def download(source: Location, files: Mapping[str, Content], directory: Path, ve
             raise RemoteError(f"{source}: the object {name!r} has a name that no file here can have")
     directory = directory.resolve()
     waiting = directory.parent / f".{directory.name}-{version}"
-    with alone(waiting):
+    with alone(directory):
         if _holds(directory, files):
             return
         waiting.mkdir(exist_ok=True)
@@ -57,10 +57,10 @@ def download(source: Location, files: Mapping[str, Content], directory: Path, ve
 
 
 @contextlib.contextmanager
-def alone(waiting: Path) -> Iterator[None]:
-    """Of two processes that bring the same to one place, the second waits, and finds what the first has brought."""
-    waiting.parent.mkdir(parents=True, exist_ok=True)
-    path = waiting.with_name(f"{waiting.name}.lock")
+def alone(directory: Path) -> Iterator[None]:
+    """Of two processes that bring something to one place, the second waits, and finds what the first has brought."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    path = directory.with_name(f".{directory.name}.lock")
     while True:
         with path.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -187,7 +187,7 @@ def _copy(source: Path, target: Path, replace: bool) -> None:
     manifest = publication.read_manifest(source)
     target = target.resolve()
     waiting = target.parent / f".{target.name}-{manifest.content_hash[:32]}"
-    with downloading.alone(waiting):
+    with downloading.alone(target):
         if target.is_file() or (target.is_dir() and any(target.iterdir())):
             if (target / MANIFEST).is_file() and publication.content_hash(target) == manifest.content_hash:
                 publication.verify(target)

@@ -73,10 +73,12 @@ def _read(directory: Path) -> dict[str, _File]:
     """The files of `directory` by their names in it, each read once.
 
     Raises:
-        FileNotFoundError: it holds none.
+        FileNotFoundError: it holds none, or is no folder.
         CorruptError: it is a stage's output and a file differs from its manifest.
     """
     paths = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is no folder; name the one that holds what is to be uploaded")
     if not paths:
         raise FileNotFoundError(f"{directory} holds no file to upload")
     files = dict(zip(paths, in_parallel(functools.partial(_hashed, path) for path in paths.values()), strict=True))

@@ -143,6 +143,25 @@ def test_one_stage_of_a_clusters_run_again_on_its_artifacts(server: KfpServer, t
     assert "has no stage or task 'rec_tune 1'" in told
 
 
+def test_the_preflight_again_has_the_secrets_and_takes_any_setting(
+    server: KfpServer, trackrec: Run, config: str
+) -> None:
+    """A run that ended there is looked at again without a run, once what was wrong is mended."""
+    secret = "resources.encode.secrets=[{secret: store, key: token, env: STORE_TOKEN}]"
+    whole = run_in(trackrec("submit", "--config", config, "--set", secret))
+    server.work(whole, until="preflight")
+    run = server.runs[run_in(trackrec("stage", "preflight", "--run-id", whole, "--set", "train_ctr.vector_width=384"))]
+    [task] = run.pipeline_spec["pipeline_spec"]["root"]["dag"]["tasks"].values()
+    given = {name: value["runtimeValue"]["constant"] for name, value in task["inputs"]["parameters"].items()}
+    assert given["config"]["train_ctr"]["vector_width"] == 384
+    assert {name: given[name] for name in BUCKET} == BUCKET
+    [pod] = run.pipeline_spec["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    [secret_as_env] = pod["secretAsEnv"]
+    assert (secret_as_env["secretName"], secret_as_env["optional"]) == ("store", True)
+    told = trackrec("stage", "preflight", "--run-id", whole, "--set", "base_model=gs://b/other", fails=True)
+    assert "base_model: not a setting of preflight" in told
+
+
 def test_a_stage_of_several_shards_again(server: KfpServer, trackrec: Run, config: str) -> None:
     whole = run_in(trackrec("submit", "--config", config, "--set", "resources.sample.shards=2"))
     server.work(whole)
