@@ -83,7 +83,7 @@ def test_without_ranking_the_report_is_of_v_alone(tmp_path: Path) -> None:
     text = Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml").read_text(encoding="utf-8")
     config = tmp_path / "config.yaml"
     config.write_text(text.replace("ranking:\n  by_iteration_of: [din]\n", ""), encoding="utf-8")
-    pipeline = compiled(config, tmp_path)
+    pipeline = compiled(config, tmp_path, profile="gke-a100")
     assert not arms(pipeline)
     assert not any(title.startswith("encode") for title in pipeline.tasks)
     assert "compare" in pipeline.tasks
