@@ -35,12 +35,14 @@ def launcher(stage: Trained, task_config: dsl.TaskConfig) -> Callable[..., dict[
         from trackrec.align.launching import launch
 
         return launch
-    from components import trainjob
+    from components import incluster, trainjob
     from trackrec.stages.node import OnNodes
 
     nodes = Nodes.model_validate_json(asked)
 
     def run(name: str, command: list[str]) -> None:
-        trainjob.run(trainjob.in_cluster(), trainjob.manifest(name, command, nodes, task_config))
+        trainjob.run(
+            incluster.in_cluster("a training on several nodes"), trainjob.manifest(name, command, nodes, task_config)
+        )
 
     return OnNodes(stage, run)

@@ -1,8 +1,6 @@
 """What a job's pods write, and why those that do not run do not."""
 
-import contextlib
 import datetime as dt
-import json
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +8,14 @@ from typing import Any
 from kubernetes.client import ApiException, CoreV1Api
 from urllib3.exceptions import HTTPError
 
+from components.incluster import TIMEOUT, line
+
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _JOB = "jobset.sigs.k8s.io/jobset-name"
 # Kept of each pod, for when it fails.
 _TAIL = 60
 # A pod's clock may be so far from ours.
 _SKEW_SECONDS = 60
-_TIMEOUT = (10, 60)
 
 
 @dataclass
@@ -49,7 +48,7 @@ class PodLogs:
         """
         try:
             pods = self.api.list_namespaced_pod(
-                self.namespace, label_selector=self.selector, _request_timeout=_TIMEOUT
+                self.namespace, label_selector=self.selector, _request_timeout=TIMEOUT
             ).items
         except (ApiException, HTTPError) as error:
             self._say("", f"the nodes' pods cannot be listed: {line(error)}")
@@ -82,7 +81,7 @@ class PodLogs:
             since["since_seconds"] = int((dt.datetime.now(dt.UTC) - then).total_seconds()) + _SKEW_SECONDS
         try:
             text: str = self.api.read_namespaced_pod_log(
-                name, self.namespace, container=self.container, timestamps=True, _request_timeout=_TIMEOUT, **since
+                name, self.namespace, container=self.container, timestamps=True, _request_timeout=TIMEOUT, **since
             )
         except (ApiException, HTTPError) as error:
             if not isinstance(error, ApiException) or error.status not in (400, 404):  # not started yet, or gone
@@ -104,15 +103,6 @@ class PodLogs:
         if known.said != what:
             known.said = what
             print(what, flush=True)
-
-
-def line(error: ApiException | HTTPError) -> str:
-    """What went wrong, on one line: the API's own message, where it sent one."""
-    if isinstance(error, ApiException):
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            return str(json.loads(error.body)["message"])
-        return f"{error.status} {error.reason}"
-    return " ".join(str(error).split())
 
 
 def _sortable(stamp: str) -> str:

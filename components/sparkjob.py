@@ -5,25 +5,21 @@ This module lives in the pod of a task whose service account may handle SparkApp
 """
 
 import contextlib
-import os
-import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow.fs as pafs
-from kubernetes import config
-from kubernetes.client import ApiClient, ApiException, CoreV1Api, CustomObjectsApi
+from kubernetes.client import ApiException, CoreV1Api, CustomObjectsApi
 from urllib3.exceptions import HTTPError
 
-from trackrec.data.engine import to_bytes
+from components.incluster import TIMEOUT, Cluster, in_cluster, line, owners, sigterm_as_exit
 from trackrec.data_config import DataSettings, SparkApplication, SparkSettings
+from trackrec.quantity import to_bytes
 
 GROUP, VERSION, PLURAL = "sparkoperator.k8s.io", "v1beta2", "sparkapplications"
 PORT_KEY = "spark.connect.grpc.binding.port"
@@ -46,37 +42,13 @@ _RESTRICTED = {
     "runAsNonRoot": True,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
-_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _POLL_SECONDS = 2.0
-# To connect, and to read.
-_TIMEOUT = (10, 60)
 _LAST_LINES = 30
+_WHAT = "`data.spark.application` (elsewhere name a server as `data.spark.remote`)"
 
 
 class SparkJobError(RuntimeError):
     """The SparkApplication could not be made, or did not start; the message says what to mend."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    api: ApiClient
-    namespace: str
-
-
-def in_cluster() -> Cluster:
-    """The cluster this pod runs in, under its service account.
-
-    Raises:
-        SparkJobError: this is no pod, or one without a service account's token.
-    """
-    try:
-        config.load_incluster_config()
-        return Cluster(ApiClient(), _NAMESPACE.read_text(encoding="utf-8").strip())
-    except (config.ConfigException, OSError) as error:
-        raise SparkJobError(
-            f"`data.spark.application` needs a pod with a service account's token ({error}); elsewhere name a server "
-            "as `data.spark.remote`"
-        ) from None
 
 
 def manifest(name: str, script: str, application: SparkApplication) -> dict[str, Any]:
@@ -84,14 +56,10 @@ def manifest(name: str, script: str, application: SparkApplication) -> dict[str,
 
     It belongs to the task's pod, so it goes when the run is deleted.
     """
-    owners = []
-    if "KFP_POD_UID" in os.environ:
-        owner = {"name": os.environ["KFP_POD_NAME"], "uid": os.environ["KFP_POD_UID"]}
-        owners.append({"apiVersion": "v1", "kind": "Pod", **owner})
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "SparkApplication",
-        "metadata": {"name": name, "ownerReferences": owners},
+        "metadata": {"name": name, "ownerReferences": owners()},
         "spec": {
             "type": "Python",
             "mode": "cluster",
@@ -127,14 +95,14 @@ def served(data: DataSettings, cluster: Cluster | None = None) -> Iterator[DataS
     Settings without one are given back as they are.
 
     Raises:
-        SparkJobError: as one line, what to mend.
+        SparkJobError, OutsideError: as one line, what to mend.
     """
     application, scratch = data.spark.application, data.spark.scratch
     if application is None or scratch is None:
         yield data
         return
-    job = _Job(cluster or in_cluster(), application, scratch.rstrip("/"))
-    with _sigterm_as_exit():
+    job = _Job(cluster or in_cluster(_WHAT), application, scratch.rstrip("/"))
+    with sigterm_as_exit():
         try:
             url = job.start()
             spark = SparkSettings(remote=url, scratch=scratch)
@@ -164,7 +132,7 @@ class _Job:
             file.write(_SCRIPT.encode())
         body = manifest(self.name, self.script, self.application)
         try:
-            self.custom.create_namespaced_custom_object(**self.at, body=body, _request_timeout=_TIMEOUT)
+            self.custom.create_namespaced_custom_object(**self.at, body=body, _request_timeout=TIMEOUT)
         except (ApiException, HTTPError) as error:
             self.is_refused = isinstance(error, ApiException)
             raise self._explained(error) from None
@@ -197,17 +165,17 @@ class _Job:
         """Deletes the application, its pods and its folder; what is there no more is no fault."""
         try:
             if not self.is_refused:
-                self.custom.delete_namespaced_custom_object(**self.at, name=self.name, _request_timeout=_TIMEOUT)
+                self.custom.delete_namespaced_custom_object(**self.at, name=self.name, _request_timeout=TIMEOUT)
         except (ApiException, HTTPError) as error:
             if not (isinstance(error, ApiException) and error.status == 404):
-                print(f"SparkApplication {self.name} is not deleted: {_line(error)}; `kubectl delete` it", flush=True)
+                print(f"SparkApplication {self.name} is not deleted: {line(error)}; `kubectl delete` it", flush=True)
         with contextlib.suppress(OSError):
             self.files.delete_dir(self.folder)
 
     def _status(self) -> dict[str, Any]:
         try:
             found: dict[str, Any] = self.custom.get_namespaced_custom_object(
-                **self.at, name=self.name, _request_timeout=_TIMEOUT
+                **self.at, name=self.name, _request_timeout=TIMEOUT
             )
         except (ApiException, HTTPError) as error:
             if isinstance(error, ApiException) and error.status in (401, 403, 404):
@@ -219,7 +187,7 @@ class _Job:
     def _answering(self, pod: str) -> str | None:
         """The server's address if something listens there."""
         try:
-            ip = self.core.read_namespaced_pod(pod, self.namespace, _request_timeout=_TIMEOUT).status.pod_ip
+            ip = self.core.read_namespaced_pod(pod, self.namespace, _request_timeout=TIMEOUT).status.pod_ip
         except (ApiException, HTTPError) as error:
             if isinstance(error, ApiException) and error.status in (401, 403):
                 raise self._explained(error) from None
@@ -235,18 +203,18 @@ class _Job:
         """Prints the driver's log as it is written."""
         with contextlib.suppress(ApiException, HTTPError, OSError):
             log = self.core.read_namespaced_pod_log(pod, self.namespace, follow=True, _preload_content=False)
-            for line in log:
-                print(f"[spark] {line.decode(errors='replace').rstrip()}", flush=True)
+            for text in log:
+                print(f"[spark] {text.decode(errors='replace').rstrip()}", flush=True)
 
     def _print_last_lines(self, pod: str) -> None:
         if not pod:
             return
         with contextlib.suppress(ApiException, HTTPError):
             log = self.core.read_namespaced_pod_log(
-                pod, self.namespace, tail_lines=_LAST_LINES, _request_timeout=_TIMEOUT
+                pod, self.namespace, tail_lines=_LAST_LINES, _request_timeout=TIMEOUT
             )
-            for line in log.splitlines():
-                print(f"[spark] {line}", flush=True)
+            for text in log.splitlines():
+                print(f"[spark] {text}", flush=True)
 
     def _explained(self, error: ApiException | HTTPError) -> SparkJobError:
         status = error.status if isinstance(error, ApiException) else None
@@ -258,31 +226,11 @@ class _Job:
         if status in (401, 403):
             return SparkJobError(
                 f"the stage may not handle SparkApplications or their pods in namespace {self.namespace}: "
-                f"{_line(error)}; bind its service account to the Role `trackrec-spark`"
+                f"{line(error)}; bind its service account to the Role `trackrec-spark`"
             )
-        return SparkJobError(f"SparkApplication {self.name}: {_line(error)}")
+        return SparkJobError(f"SparkApplication {self.name}: {line(error)}")
 
 
 def _java(memory: str) -> str:
     """A Kubernetes quantity as Java's: whole mebibytes."""
     return f"{to_bytes(memory) >> 20}m"
-
-
-def _line(error: ApiException | HTTPError) -> str:
-    text = error.reason if isinstance(error, ApiException) else str(error)
-    return " ".join(str(text).split())
-
-
-@contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """A cancelled task's pod gets SIGTERM, and half a minute."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the deletion is not to be cut short
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -4,35 +4,26 @@ The nodes' pods come from the TrainingRuntime `trackrec` (`manifests/components/
 pod that fails or is lost. This module lives in the pod of a task whose service account may handle TrainJobs.
 """
 
-import contextlib
-import os
-import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from kfp import dsl
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
-from kubernetes import config, watch
-from kubernetes.client import ApiClient, ApiException, CoreV1Api, CustomObjectsApi
+from kubernetes import watch
+from kubernetes.client import ApiException, CoreV1Api, CustomObjectsApi
 from urllib3.exceptions import HTTPError
 
+from components.incluster import TIMEOUT, Cluster, line, owners, sigterm_as_exit
 from components.nodes import Nodes
-from components.podlogs import PodLogs, line
+from components.podlogs import PodLogs
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 RUNTIME = "trackrec"
 # The names of the runtime's job and container.
 NODE = "node"
 
-_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 # A watch's length: between two, the nodes' logs are read.
 _WATCH_SECONDS = 5
-# To connect, and to read: a connection that died silently must not hold the stage for ever.
-_TIMEOUT = (10, 60)
 # A control plane that is being upgraded may be away for minutes; the training goes on meanwhile.
 _PATIENCE_SECONDS = 900.0
 _PAUSE_SECONDS = 5.0
@@ -46,25 +37,6 @@ class TrainJobError(RuntimeError):
 
 class UnreachableError(RuntimeError):
     """The Kubernetes API did not answer for long; the TrainJob is left alone, and the stage's next try takes it up."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    api: ApiClient
-    namespace: str
-
-
-def in_cluster() -> Cluster:
-    """The cluster this pod runs in, under its service account.
-
-    Raises:
-        TrainJobError: this is no pod, or one without a service account's token.
-    """
-    try:
-        config.load_incluster_config()
-        return Cluster(ApiClient(), _NAMESPACE.read_text(encoding="utf-8").strip())
-    except (config.ConfigException, OSError) as error:
-        raise TrainJobError(f"several nodes need a pod with a service account's token ({error})") from None
 
 
 def manifest(name: str, command: list[str], nodes: Nodes, task: dsl.TaskConfig) -> dict[str, Any]:
@@ -89,15 +61,11 @@ def manifest(name: str, command: list[str], nodes: Nodes, task: dsl.TaskConfig) 
     }
     template = {"metadata": {"labels": nodes.labels}, "spec": pod}
     patch = {"template": {"spec": {"template": template}}, "name": NODE}
-    owners = []
-    if "KFP_POD_UID" in os.environ:
-        owner = {"name": os.environ["KFP_POD_NAME"], "uid": os.environ["KFP_POD_UID"]}
-        owners.append({"apiVersion": "v1", "kind": "Pod", **owner})
     job = TrainerV1alpha1TrainJob.from_dict(
         {
             "apiVersion": f"{GROUP}/{VERSION}",
             "kind": "TrainJob",
-            "metadata": {"name": name, "ownerReferences": owners},
+            "metadata": {"name": name, "ownerReferences": owners()},
             "spec": {
                 "runtimeRef": {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": RUNTIME},
                 "trainer": {
@@ -144,7 +112,7 @@ class _Run:
         self.heard = time.monotonic()
 
     def run(self) -> None:
-        with _sigterm_as_exit():
+        with sigterm_as_exit():
             try:
                 self._make()
                 failure = self._until_end()
@@ -180,7 +148,7 @@ class _Run:
     def _create(self) -> None:
         while True:
             try:
-                self.custom.create_namespaced_custom_object(**self.at, body=self.job, _request_timeout=_TIMEOUT)
+                self.custom.create_namespaced_custom_object(**self.at, body=self.job, _request_timeout=TIMEOUT)
                 return
             except (ApiException, HTTPError) as error:
                 self._bear(error)
@@ -190,7 +158,7 @@ class _Run:
         while True:
             try:
                 found: dict[str, Any] = self.custom.get_namespaced_custom_object(
-                    **self.at, name=self.name, _request_timeout=_TIMEOUT
+                    **self.at, name=self.name, _request_timeout=TIMEOUT
                 )
                 self.heard = time.monotonic()
                 return found
@@ -219,7 +187,7 @@ class _Run:
                     field_selector=f"metadata.name={self.name}",
                     resource_version=found["metadata"]["resourceVersion"],
                     timeout_seconds=_WATCH_SECONDS,
-                    _request_timeout=_TIMEOUT,
+                    _request_timeout=TIMEOUT,
                 ):
                     if event["type"] == "DELETED":
                         raise gone
@@ -237,11 +205,11 @@ class _Run:
         """Deletes the job and waits until it is gone, so that another of its name can be made."""
         try:
             self.custom.delete_namespaced_custom_object(
-                **self.at, name=self.name, propagation_policy="Foreground", _request_timeout=_TIMEOUT
+                **self.at, name=self.name, propagation_policy="Foreground", _request_timeout=TIMEOUT
             )
             deadline = time.monotonic() + _GONE_SECONDS
             while time.monotonic() < deadline:
-                self.custom.get_namespaced_custom_object(**self.at, name=self.name, _request_timeout=_TIMEOUT)
+                self.custom.get_namespaced_custom_object(**self.at, name=self.name, _request_timeout=TIMEOUT)
                 time.sleep(1)
         except (ApiException, HTTPError) as error:
             if not (isinstance(error, ApiException) and error.status == 404):
@@ -281,18 +249,3 @@ def _end(job: dict[str, Any]) -> str | None:
             is_failed = condition["type"] == "Failed"
             return (condition.get("message") or condition.get("reason") or "no reason given") if is_failed else ""
     return None
-
-
-@contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """A cancelled task's pod gets SIGTERM, and half a minute."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the deletion is not to be cut short
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

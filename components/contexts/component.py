@@ -29,18 +29,13 @@ def contexts(
         contexts: Table `contexts`.
         examples: Table `examples`.
     """
-    import contextlib
     from pathlib import Path
 
+    from components.sparkjob import served
     from trackrec import config, data_config, storage
     from trackrec.stages import contexts as stage
 
-    engine = data_config.DataSettings.model_validate(data)
-    with contextlib.ExitStack() as stack:
-        if engine.spark.application:
-            from components.sparkjob import served
-
-            engine = stack.enter_context(served(engine))
+    with served(data_config.DataSettings.model_validate(data)) as engine:
         stage.run(
             config.ContextsSettings.model_validate(settings),
             engine,

@@ -30,18 +30,13 @@ def ingest(
         raw_uri: Where the engine itself reads a log.
         raw_version: What lies there, by any name: a new one runs the stage anew.
     """
-    import contextlib
     from pathlib import Path
 
+    from components.sparkjob import served
     from trackrec import config, data_config, storage
     from trackrec.stages import ingest as stage
 
-    engine = data_config.DataSettings.model_validate(data)
-    with contextlib.ExitStack() as stack:
-        if engine.spark.application:
-            from components.sparkjob import served
-
-            engine = stack.enter_context(served(engine))
+    with served(data_config.DataSettings.model_validate(data)) as engine:
         stage.run(
             config.IngestSettings.model_validate(settings),
             engine,

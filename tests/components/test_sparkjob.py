@@ -18,7 +18,8 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from components import sparkjob
-from components.sparkjob import Cluster, SparkJobError, served
+from components.incluster import Cluster, OutsideError
+from components.sparkjob import SparkJobError, served
 from tests.data.ingesting import run
 from tests.data.raw_files import same_rows, write_ml_1m
 from trackrec.data_config import DataSettings
@@ -188,9 +189,9 @@ def test_an_application_that_nobody_looks_at_is_given_up(tmp_path: Path, httpser
 @pytest.mark.parametrize(
     ("status", "match"),
     [
-        (403, r"may not handle SparkApplications .* in namespace team: FORBIDDEN; bind its service account"),
+        (403, r"may not handle SparkApplications .* in namespace team: 403 FORBIDDEN; bind its service account"),
         (404, r"the cluster knows no sparkapplications\.sparkoperator\.k8s\.io; install the Kubeflow Spark Operator"),
-        (422, r"^SparkApplication trackrec-\w+: UNPROCESSABLE ENTITY$"),
+        (422, r"^SparkApplication trackrec-\w+: 422 UNPROCESSABLE ENTITY$"),
     ],
 )
 def test_a_refusal_is_one_clear_line(tmp_path: Path, httpserver: HTTPServer, status: int, match: str) -> None:
@@ -219,8 +220,8 @@ def test_a_stage_that_fails_or_is_cancelled_deletes_it(
 
 def test_outside_a_cluster_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    match = r"`data\.spark\.application` needs a pod .*name a server as `data\.spark\.remote`"
-    with pytest.raises(SparkJobError, match=match), served(settings(tmp_path, "9")):
+    match = r"`data\.spark\.application` \(elsewhere name a server as `data\.spark\.remote`\) needs a pod"
+    with pytest.raises(OutsideError, match=match), served(settings(tmp_path, "9")):
         raise AssertionError("it served")
 
 

@@ -13,7 +13,7 @@ from kfp import dsl
 from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import TrainerV1alpha1TrainingRuntime
 from kubernetes.client import ApiClient, Configuration
 
-from components import nodes, trainjob
+from components import incluster, nodes, trainjob
 from components.images import ROOT
 from tests.components.kubernetes_api import NAMESPACE, KubernetesApi
 from trackrec.align.launching import launch
@@ -54,7 +54,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
 
 def run(api: KubernetesApi) -> None:
     client = ApiClient(Configuration(host=api.url))
-    trainjob.run(trainjob.Cluster(client, NAMESPACE), trainjob.manifest(NAME, COMMAND, ASKED, HANDED))
+    trainjob.run(incluster.Cluster(client, NAMESPACE), trainjob.manifest(NAME, COMMAND, ASKED, HANDED))
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -283,8 +283,8 @@ def test_logs_that_may_not_be_read_are_said_once_and_do_not_end_the_training(
 
 def test_outside_of_a_cluster_several_nodes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    with pytest.raises(trainjob.TrainJobError, match="several nodes need a pod with a service account's token"):
-        trainjob.in_cluster()
+    with pytest.raises(incluster.OutsideError, match="several nodes needs a pod with a service account's token"):
+        incluster.in_cluster("a training on several nodes")
 
 
 def test_a_task_trains_on_nodes_only_if_kubeflow_handed_it_some() -> None:

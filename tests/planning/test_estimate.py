@@ -186,16 +186,6 @@ def test_what_does_not_fit_is_named_with_what_to_do() -> None:
     assert not list(estimate.faults(shipped, estimate.of_run(shipped, Rates(), SEVEN, SIZES)))
 
 
-@pytest.mark.parametrize(("text", "expected"), [("500m", 0.5), ("8", 8.0), ("0.5", 0.5)])
-def test_cores(text: str, expected: float) -> None:
-    assert estimate.cores(text) == expected
-
-
-@pytest.mark.parametrize(("text", "expected"), [("3", 3.0), ("2Ki", 2048.0), ("20Gi", 20 * 2**30), ("1G", 1e9)])
-def test_sizes(text: str, expected: float) -> None:
-    assert estimate.size(text) == expected
-
-
 def ran(*arguments: str) -> tuple[int, str]:
     profile = ["--profile", "gke-a100"] if str(ML_1M) in arguments else []
     done = CliRunner().invoke(app, ["plan", *arguments, *profile])

@@ -1,7 +1,6 @@
 """The engines that Ibis expressions run on, and their results as the tables' Parquet files."""
 
 import contextlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,10 @@ from ibis.expr.types import Table
 from trackrec import storage
 from trackrec.data import schema
 from trackrec.data_config import DataSettings
+from trackrec.quantity import to_bytes
 
 # Rows a row group: a row with a long history takes tens of KB, and a group is held in memory.
 ROW_GROUP = 10_000
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("KMGT", start=1)}
 
 
 class EngineError(ValueError):
@@ -125,15 +123,3 @@ def write(batches: Iterator[pa.RecordBatch], directory: Path, table: str, where:
         for batch in batches:
             schema.check(batch.schema, table, where)
             writer.write_table(pa.Table.from_batches([batch]).cast(target))
-
-
-def to_bytes(quantity: str) -> int:
-    """Bytes of a Kubernetes memory quantity: `to_bytes("8Gi") == 8 * 2**30`.
-
-    Raises:
-        ValueError: not a quantity of memory.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i?|)", quantity)
-    if not match:
-        raise ValueError(f"{quantity!r} is not a quantity of memory; write e.g. 8Gi")
-    return int(float(match.group(1)) * _UNITS[match.group(2)])

@@ -1,7 +1,6 @@
 """GPU hours, cost, memory and disk of each stage: its work (`work.py`) at the rates' speeds on its pod's card."""
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,11 +10,11 @@ from trackrec.planning import memory, work
 from trackrec.planning.rates import REFERENCE_CARD, REFERENCE_PARAMETERS, Rates, Sizes
 from trackrec.planning.shapes import ModelShape, known
 from trackrec.planning.work import Work
+from trackrec.quantity import cores, to_bytes
 from trackrec.run_config import Resources, RunConfig, ShardedResources
 
 # A BERT base, for the encoder's memory.
 _ENCODER_BYTES = 110e6 * 4
-_UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
@@ -240,17 +239,6 @@ def _on_cpu(rates: Rates, resources: Resources, stage: Work, wall: float) -> Est
     return Estimate(stage, wall_hours=wall, usd=wall * cores(resources.cpu) * rates.usd_per_core_hour)
 
 
-def cores(quantity: str) -> float:
-    """Of a Kubernetes quantity of cores."""
-    return float(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity)
-
-
-def size(quantity: str) -> float:
-    """Bytes of a Kubernetes quantity of memory (`trackrec.config.Memory`)."""
-    number, unit = re.fullmatch(r"([0-9]+)(\D*)", quantity).groups()  # type: ignore[union-attr]  # the config checked it
-    return float(number) * _UNITS[unit]
-
-
 def faults(config: RunConfig, estimates: list[Estimate]) -> Iterator[str]:
     """A line for each stage that does not fit what its pod asks for: GPU memory, and scratch space for checkpoints."""
     for one in estimates:
@@ -261,7 +249,7 @@ def faults(config: RunConfig, estimates: list[Estimate]) -> Iterator[str]:
                 f"{one.room_bytes / memory.GIB:.0f}: {_remedy(config, stage)}"
             )
         resources: Resources = getattr(config.resources, stage)
-        if not resources.work_claim and one.work_bytes > size(resources.ephemeral_storage):
+        if not resources.work_claim and one.work_bytes > to_bytes(resources.ephemeral_storage):
             yield (
                 f"{stage} keeps {one.work_bytes / memory.GIB:.0f} GiB in its work directory and "
                 f"`resources.{stage}.ephemeral_storage` is {resources.ephemeral_storage}: raise it, or set "

@@ -12,9 +12,10 @@ from trackrec import storage
 from trackrec.config import IngestSettings
 from trackrec.data import amazon, impressions, movielens, recipe
 from trackrec.data import raw as raw_files
-from trackrec.data.engine import Engine, open_engine, to_bytes
+from trackrec.data.engine import Engine, open_engine
 from trackrec.data_config import DataSettings
 from trackrec.progress import track
+from trackrec.quantity import to_bytes
 
 _IN_PROCESS = DataSettings()
 
