@@ -27,14 +27,24 @@ _DEFAULTS = {PORT_KEY: "15002"}
 # What Spark's own server class does, which spark-submit refuses to run on Kubernetes. (The Connect plug-in would listen
 # before there is a session to serve.)
 _SCRIPT = """\
-import signal
+import time
 
 from pyspark.sql import SparkSession
 
 context = SparkSession.builder.getOrCreate().sparkContext
-context._jvm.org.apache.spark.sql.connect.service.SparkConnectService.start(context._jsc.sc())
-signal.pause()
+service = context._jvm.org.apache.spark.sql.connect.service.SparkConnectService
+service.start(context._jsc.sc())
+seen, since = "", time.monotonic()
+while time.monotonic() - since < {idle}:
+    time.sleep(min({idle}, 60))
+    found = service.listActiveExecutions()  # those that run, else when the last one ran
+    if found.isRight() or found.toString() != seen:
+        seen, since = found.toString(), time.monotonic()
+context._jvm.System.exit(0)  # Spark's own hooks end the executors; the server's threads would go on
 """
+# A stage that was killed outright cannot delete its application: without a query for so long, in seconds, the driver
+# ends by itself, and its executors with it. A stage is idle there while it reads a result.
+_IDLE_SECONDS = 7200
 # What the Pod Security Standard "restricted" asks for; Spark's images name their user themselves.
 _RESTRICTED = {
     "allowPrivilegeEscalation": False,
@@ -129,7 +139,7 @@ class _Job:
         """Makes the application; returns the address of its server once that answers."""
         self.files.create_dir(self.folder)
         with self.files.open_output_stream(f"{self.folder}/connect.py") as file:
-            file.write(_SCRIPT.encode())
+            file.write(_SCRIPT.format(idle=_IDLE_SECONDS).encode())
         body = manifest(self.name, self.script, self.application)
         try:
             self.custom.create_namespaced_custom_object(**self.at, body=body, _request_timeout=TIMEOUT)

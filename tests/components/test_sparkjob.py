@@ -126,6 +126,17 @@ def test_a_stage_runs_on_the_application_and_leaves_nothing_of_it(tmp_path: Path
     assert list((tmp_path / "shared").iterdir()) == []
 
 
+@pytest.mark.skipif("not __import__('shutil').which('java')", reason="Spark needs Java 17 or later")
+def test_the_driver_of_a_stage_that_is_no_more_ends_by_itself(
+    tmp_path: Path, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparkjob, "_IDLE_SECONDS", 2)
+    operator = Operator(httpserver, tmp_path, [RUNNING], drives=True)
+    with served(settings(tmp_path, free_port(), driver_memory="1Gi", start_timeout_s=400), operator.cluster):
+        assert operator.driver and operator.driver.wait(120) == 0
+        operator.driver = None  # there is nothing to kill
+
+
 def test_the_manifest_says_what_the_settings_say(
     tmp_path: Path, httpserver: HTTPServer, listener: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,19 @@ from typing import Any
 import pytest
 import yaml
 
+# What the quick start with one backbone, dcn, runs from the first `sdpo` on.
+FROM_SDPO = {
+    "sdpo 1",
+    "generate 1",
+    "rec_tune 1",
+    "evaluate (iteration 1)",
+    "tabulate (iteration 1)",
+    "encode 1",
+    "train_ctr dcn 1",
+    "tabulate_ctr (dcn 1)",
+    "compare",
+}
+
 
 @dataclass
 class Compiled:

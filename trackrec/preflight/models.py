@@ -22,34 +22,37 @@ class BrokenError(ValueError):
 
 def base_model(uri: str) -> Iterator[Finding]:
     """Config, tokenizer with "Yes" and "No", chat template and all weights."""
-    if not can_be_read(uri):
-        yield unchecked(f"base_model {uri}: only a path and gs:// are looked at")
-        return
-    try:
-        folder = open_folder(uri)
-    except RemoteError as error:
-        yield fault(f"base_model: {error}")
-        return
-    yield from _checked("base_model", "a decoder's config", lambda: shape_of(folder))
-    yield from _checked("base_model", "a tokenizer with Yes and No as one token each", lambda: _yes_no(folder))
-    yield from _checked("base_model", "a chat template", lambda: _chat_template(folder))
-    yield from _weights("base_model", folder)
+    return _looked_at("base_model", uri, _decoder)
 
 
 def encoder(uri: str, width: int) -> Iterator[Finding]:
     """Config with the width that the ranking models expect, tokenizer and all weights."""
+    return _looked_at("encoder", uri, lambda folder: _bert(folder, width))
+
+
+def _looked_at(name: str, uri: str, check: Callable[[Folder], Iterator[Finding]]) -> Iterator[Finding]:
     if not can_be_read(uri):
-        yield unchecked(f"encoder {uri}: only a path and gs:// are looked at")
+        yield unchecked(f"{name} {uri}: only a path and gs:// are looked at")
         return
     try:
         folder = open_folder(uri)
     except RemoteError as error:
-        yield fault(f"encoder: {error}")
+        yield fault(f"{name}: {error}")
         return
+    yield from check(folder)
+    yield from _weights(name, folder)
+
+
+def _decoder(folder: Folder) -> Iterator[Finding]:
+    yield from _checked("base_model", "a decoder's config", lambda: shape_of(folder))
+    yield from _checked("base_model", "a tokenizer with Yes and No as one token each", lambda: _yes_no(folder))
+    yield from _checked("base_model", "a chat template", lambda: _chat_template(folder))
+
+
+def _bert(folder: Folder, width: int) -> Iterator[Finding]:
     yield from _checked("encoder", f"vectors of {width} numbers", lambda: _width(folder, width))
     if not {"tokenizer.json", "vocab.txt"} & folder.sizes.keys():
-        yield fault(f"encoder: {uri} has no tokenizer.json and no vocab.txt; upload the whole model")
-    yield from _weights("encoder", folder)
+        yield fault(f"encoder: {folder.uri} has no tokenizer.json and no vocab.txt; upload the whole model")
 
 
 def shape_of(folder: Folder) -> ModelShape:

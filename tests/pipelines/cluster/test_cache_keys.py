@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import ir
+from tests.pipelines.conftest import FROM_SDPO
 
 # What the config's pipeline holds beside `preflight`, which never comes from the cache.
 BEFORE_SDPO = {
@@ -23,17 +24,6 @@ BEFORE_SDPO = {
     "score 1",
     "preferences 1",
     "train_ctr dcn",
-}
-FROM_SDPO = {
-    "sdpo 1",
-    "generate 1",
-    "rec_tune 1",
-    "evaluate (iteration 1)",
-    "tabulate (iteration 1)",
-    "encode 1",
-    "train_ctr dcn 1",
-    "tabulate_ctr (dcn 1)",
-    "compare",
 }
 SECOND = {title.replace("1", "2") for title in FROM_SDPO | {"sample 1", "score 1", "preferences 1"}}
 EVERYTHING = BEFORE_SDPO | FROM_SDPO
