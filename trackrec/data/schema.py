@@ -16,6 +16,8 @@ from trackrec import storage
 _EARLIER_ITEM = pa.struct([("item_id", pa.string()), ("rating", pa.float32()), ("label", pa.int8())])
 # A history as the prompt shows it: the title with its year, oldest first.
 _SHOWN_ITEM = pa.struct([("title", pa.string()), ("rating", pa.float32()), ("label", pa.int8())])
+# Both: what a prompt shows and what a ranker reads.
+_EARLIER_SHOWN_ITEM = pa.struct([("item_id", pa.string()), *_SHOWN_ITEM])
 
 TABLES: dict[str, pa.Schema] = {
     "interactions": pa.schema(
@@ -101,12 +103,28 @@ TABLES: dict[str, pa.Schema] = {
     "predictions": pa.schema([("row_id", pa.int64()), ("score", pa.float64())]),
     # e^p (eq. 7): one vector a context, all of one width.
     "vectors": pa.schema([("context_id", pa.string()), ("vector", pa.list_(pa.float32()))]),
+    # Whom the batch job writes features for, ordered by `user_id`, one row a user.
+    "users": pa.schema(
+        [
+            ("user_id", pa.string()),
+            # The job's moment: the history ends before it.
+            ("as_of", pa.int64()),
+            ("domain", pa.string()),
+            ("history", pa.list_(_EARLIER_SHOWN_ITEM)),
+        ]
+    ),
     # A ranker's P(liked), under each of its seeds.
     "ranked": pa.schema([("row_id", pa.int64()), ("seed", pa.int32()), ("score", pa.float64())]),
 }
 
 # What the rows of a data stage's table are ordered by.
-ORDER = {"interactions": ["row_id"], "items": ["item_id"], "contexts": ["as_of", "context_id"], "examples": ["row_id"]}
+ORDER = {
+    "interactions": ["row_id"],
+    "items": ["item_id"],
+    "contexts": ["as_of", "context_id"],
+    "examples": ["row_id"],
+    "users": ["user_id"],
+}
 
 
 _COMPRESSION = "zstd"

@@ -1,0 +1,1 @@
+"""The generator, the encoder and the rankers behind Triton Inference Server."""

@@ -1,0 +1,215 @@
+"""Triton Inference Server on this machine, as a child process.
+
+The server is NVIDIA's own: in the production image its installation; elsewhere the one inside the `nvidia-pytriton`
+wheel, in an environment of its own (`images/triton/venv.sh`), which brings no vLLM. There `trackrec.serving.vllm`, a
+backend of the same name and contract over transformers, serves the same repository.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+# Where NVIDIA's images have it.
+INSTALLED = Path("/opt/tritonserver")
+# Names another environment with the wheel in it.
+ENV = "TRACKREC_TRITON"
+_BACKENDS = Path(__file__).parent / "backends"
+# A drained server ends by itself; a stuck model is given up on.
+_EXIT_SECONDS = 8
+_POLL_SECONDS = 0.05
+
+
+class ServerError(RuntimeError):
+    """The server is not installed, or does not get ready; the message says what to do, or ends with its log."""
+
+
+@dataclass
+class Server:
+    """A running server. Its process group holds the models' processes as well."""
+
+    process: subprocess.Popen[bytes]
+    grpc: str
+    http: str
+    metrics: str
+    log: Path
+    shm_prefix: str
+    # What lives as long as the server.
+    scratch: contextlib.ExitStack = field(repr=False)
+
+    def ready(self) -> bool:
+        """Whether every model is loaded and answers."""
+        try:
+            with urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def wait_ready(self, seconds: float) -> None:
+        """
+        Raises:
+            ServerError: it ended, or is not ready within `seconds`; the log's last lines are in the message.
+        """
+        end = time.monotonic() + seconds
+        while not self.ready():
+            if self.process.poll() is not None or time.monotonic() > end:
+                what = "ended" if self.process.poll() is not None else f"was not ready within {seconds:g} s"
+                lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
+                raise ServerError("\n".join([f"the Triton server {what}; the end of {self.log}:", *lines]))
+            time.sleep(_POLL_SECONDS)
+
+    def stop(self) -> None:
+        """Ends it as Kubernetes does: requests under way are answered first."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_EXIT_SECONDS + 5)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends it at once, its models' processes too, and removes what they leave in shared memory."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for left in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
+            left.unlink(missing_ok=True)
+        self.scratch.close()
+
+
+def start(
+    repository: Path,
+    log: Path,
+    *,
+    models: Sequence[str] = (),
+    address: str = "127.0.0.1",
+    ports: tuple[int, int, int] | None = None,
+    environment: dict[str, str] | None = None,
+) -> Server:
+    """Starts the server with `repository` as its working folder: paths in a model's files are relative to it.
+
+    Args:
+        log: what the server writes; replaced.
+        models: those to load; all by default.
+        ports: gRPC, HTTP and metrics; free ones by default.
+        environment: further variables of the server and its models.
+
+    Raises:
+        ServerError: no server is installed here.
+    """
+    scratch = contextlib.ExitStack()
+    try:
+        command, variables = _installation(Path(scratch.enter_context(tempfile.TemporaryDirectory())))
+        grpc, http, metrics = ports or _free_ports(address)
+        prefix = f"trackrec-{secrets.token_hex(6)}-"
+        command += [f"--model-repository={repository.resolve()}", "--allow-gpu-metrics=false" if not _has_gpu() else ""]
+        command += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in models or ["*"])]
+        command += [f"--{kind}-address={address}" for kind in ("grpc", "http", "metrics")]
+        command += [f"--grpc-port={grpc}", f"--http-port={http}", f"--metrics-port={metrics}"]
+        command += [f"--backend-config=python,shm-region-prefix-name={prefix}"]
+        command += [f"--exit-timeout-secs={_EXIT_SECONDS}"]
+        out: IO[bytes] = scratch.enter_context(log.open("wb"))
+        process = subprocess.Popen(
+            [part for part in command if part],
+            cwd=repository,
+            env={**os.environ, **variables, **(environment or {})},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except BaseException:
+        scratch.close()
+        raise
+    return Server(process, f"{address}:{grpc}", f"{address}:{http}", f"{address}:{metrics}", log, prefix, scratch)
+
+
+@contextlib.contextmanager
+def running(
+    repository: Path,
+    log: Path,
+    *,
+    models: Sequence[str] = (),
+    environment: dict[str, str] | None = None,
+    ready_seconds: float = 300,
+) -> Iterator[Server]:
+    """`start`, ready; stopped at the end."""
+    server = start(repository, log, models=models, environment=environment)
+    try:
+        server.wait_ready(ready_seconds)
+        yield server
+    finally:
+        server.stop()
+
+
+def _installation(scratch: Path) -> tuple[list[str], dict[str, str]]:
+    """The command and the variables of the server that is installed here."""
+    if (INSTALLED / "bin/tritonserver").is_file():
+        return [str(INSTALLED / "bin/tritonserver"), *_own_vllm(INSTALLED / "backends", scratch)], {}
+    python = _environment()
+    asked = "import json, sysconfig; print(sysconfig.get_path('purelib'), sysconfig.get_config_var('LIBDIR'))"
+    answer = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
+    packages, libraries = Path(answer[0]), answer[1]
+    bundled = packages / "pytriton/tritonserver"
+    backend = scratch / "backends/python"
+    backend.mkdir(parents=True)
+    # Copied, never linked: the backend looks for its stub beside itself.
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for source in (
+        bundled / "backends/python/libtriton_python.so",
+        bundled / "backends/python/triton_python_backend_utils.py",
+        bundled / f"python_backend_stubs/{version}/triton_python_backend_stub",
+    ):
+        shutil.copy(source, backend)
+    shutil.copytree(_BACKENDS / "vllm", scratch / "backends/vllm")
+    variables = {
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+        # Without the python's own libraries the system's libpython is loaded, which has other packages.
+        "LD_LIBRARY_PATH": f"{packages / 'nvidia_pytriton.libs'}:{libraries}",
+    }
+    command = [str(bundled / "bin/tritonserver"), f"--backend-directory={scratch / 'backends'}"]
+    return [*command, "--pinned-memory-pool-byte-size=0"], variables
+
+
+def _own_vllm(backends: Path, scratch: Path) -> list[str]:
+    """Where NVIDIA's image has no vLLM: its backends, and ours of that name."""
+    if (backends / "vllm").is_dir():
+        return []
+    shutil.copytree(backends, scratch / "backends", symlinks=True)
+    shutil.copytree(_BACKENDS / "vllm", scratch / "backends/vllm")
+    return [f"--backend-directory={scratch / 'backends'}"]
+
+
+def _environment() -> Path:
+    """The python of the environment that has the server's wheel."""
+    venv = Path(os.environ.get(ENV, ".venv-triton")).absolute()
+    python = venv / "bin/python"
+    if not python.is_file():
+        raise ServerError(
+            f"no Triton server: {INSTALLED} is not there, nor is an environment in {venv}; make one with "
+            f"`bash images/triton/venv.sh`, or name one by {ENV}"
+        )
+    return python
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists()
+
+
+def _free_ports(address: str) -> tuple[int, int, int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(3)]
+        for each in sockets:
+            each.bind((address, 0))
+        first, second, third = (each.getsockname()[1] for each in sockets)
+    return first, second, third

@@ -1,0 +1,71 @@
+"""Typed settings of production: the stages that export and deploy a run's models, and the batch feature job."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trackrec.config import Backbone, Count, Positive, Rate, Settings, Share, Text
+
+
+class ExportSettings(Settings):
+    """A run's last G, its encoder and its rankers as a Triton model repository."""
+
+    # merged: an adapter becomes part of the weights. lora: it stays apart, for vLLM to apply.
+    adapter: Literal["merged", "lora"] = "merged"
+    # Which of the run's ranking models is served, and under which of its seeds; the first one by default.
+    backbone: Backbone | None = None
+    seed: Count | None = None
+    # vLLM's engine arguments.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_model_len: Annotated[int, Field(ge=64)] | None = None
+    gpu_memory_utilization: Share = 0.9
+    tensor_parallel_size: Positive = 1
+    # How long the server may take until all models are loaded, for the inference that a version must pass.
+    ready_s: Rate = 900
+
+
+class DeploySettings(Settings):
+    """The Deployment of manifests/components/triton that a version is rolled out to."""
+
+    deployment: Text = "trackrec-triton"
+    # Left out: the namespace of the stage's own pod.
+    namespace: Text | None = None
+    # How long the new pods may take to get ready before the old version is put back.
+    timeout_s: Rate = 1800
+
+
+class ActiveUsersSettings(Settings):
+    """Who gets a RecCoT: the users of the newest `active_days` days before the job's date."""
+
+    active_days: Positive = 30
+    # None takes all.
+    max_users: Positive | None = None
+
+
+class FeaturesSettings(Settings):
+    """The batch feature job: active users' histories to RecCoTs and vectors, through Triton."""
+
+    # HOST:PORT of Triton's gRPC endpoint.
+    triton: Text = "trackrec-triton:8001"
+    # Where the partitions dt=…/shard=… are written: gs://… or a folder.
+    out: Text | None = None
+    # Users in one shard of the output: what is lost, at most, when a job is killed and its disk with it.
+    shard_users: Positive = 5000
+    # Requests to the generator under way at once; about twice what it decodes at once keeps it busy.
+    concurrency: Positive = 128
+    # Texts in one request to the encoder.
+    encoder_batch: Positive = 32
+    # A user's RecCoT, with all tries.
+    deadline_s: Rate = 300
+    # Tries again after the server was lost or refused (UNAVAILABLE, INTERNAL), with growing pauses.
+    retries: Count = 8
+    embedding_dtype: Literal["float16", "float32"] = "float16"
+    # What an hour of the generator's machine costs, for the manifest's cost per 1,000 users.
+    usd_per_hour: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _the_server_is_a_host_and_a_port(self) -> Self:
+        host, _, port = self.triton.rpartition(":")
+        if not host or not port.isdigit() or "/" in self.triton:
+            raise ValueError(f"`triton` is HOST:PORT of Triton's gRPC endpoint (got {self.triton!r})")
+        return self
