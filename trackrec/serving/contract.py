@@ -86,6 +86,9 @@ class EncoderContract(Contract):
     pooling: Literal["mean", "cls"]
     # Tokens that it reads of a text; the rest is cut off.
     limit: Positive
+    # How it computes: see `trackrec.config.EncodeSettings`.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    batch_tokens: Positive = 2048
 
 
 class RankerContract(Contract):
