@@ -17,7 +17,6 @@ from typing import Any, cast
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trackrec import storage
 from trackrec.config import DecodingSettings, Domain, EncodeSettings
 from trackrec.config_file import ConfigError
 from trackrec.ctr import ranker as rankers
@@ -65,9 +64,9 @@ def write_generator(
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "tensor_parallel_size": settings.tensor_parallel_size,
     }
-    _write_json(files / "model.json", arguments | lora)
+    weights.write_json(files / "model.json", arguments | lora)
     if lora:
-        _write_json(files / "multi_lora.json", {_LORA_NAME: "generator/1/adapter"})
+        weights.write_json(files / "multi_lora.json", {_LORA_NAME: "generator/1/adapter"})
     chat = prompts.chat_of(models.load_tokenizer(files / "weights"))
     contract = GeneratorContract(
         # Not the engine's arguments: another share of the GPU's memory makes no other texts.
@@ -191,7 +190,3 @@ def _version(*folders: Path) -> str:
     """Of several folders: those that are there, in this order."""
     names = [version.name_of(folder) for folder in folders if folder.is_dir()]
     return "-".join(names)
-
-
-def _write_json(path: Path, content: object) -> None:
-    storage.write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -6,6 +6,7 @@ The files are the base's own wherever they can be: the server reads them with ot
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from trackrec import storage
 from trackrec.config_file import ConfigError
@@ -58,7 +59,7 @@ def write_generator(settings: ExportSettings, base_model: Path, generator: Path,
     config = json.loads((generator / models.ADAPTER_CONFIG).read_text(encoding="utf-8"))
     # Fewer files than the base has: another hash.
     config["base_model_name_or_path"] = f"sha256:{storage.content_hash(weights)}"
-    _write_json(adapter / models.ADAPTER_CONFIG, config)
+    write_json(adapter / models.ADAPTER_CONFIG, config)
     fitting = [rank for rank in _RANKS if rank >= config["r"]]
     if not fitting:
         raise ConfigError(
@@ -70,7 +71,7 @@ def write_generator(settings: ExportSettings, base_model: Path, generator: Path,
 
 def _merge(settings: ExportSettings, base_model: Path, adapter: Path, weights: Path) -> None:
     """In float32, whatever the result's type: in bfloat16 each matrix's update would be rounded twice."""
-    model = models.load_model(base_model, adapter, dtype="float32")
+    model: Any = models.load_model(base_model, adapter, dtype="float32")
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
     key = "dtype" if "dtype" in config else "torch_dtype"
     name = config.get(key) or "float32" if settings.dtype == "auto" else settings.dtype
@@ -80,8 +81,8 @@ def _merge(settings: ExportSettings, base_model: Path, adapter: Path, weights: P
         is_weights = path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
         if path.suffix in _SERVED and path.name != storage.MANIFEST and not is_weights:
             shutil.copyfile(path, weights / path.name)
-    _write_json(weights / "config.json", {**config, key: name})
+    write_json(weights / "config.json", {**config, key: name})
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
