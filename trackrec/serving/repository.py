@@ -72,9 +72,7 @@ def write_generator(
         # Not the engine's arguments: another share of the GPU's memory makes no other texts.
         model_version=_version(files / "weights", files / "adapter"),
         domain=domain,
-        opening=chat.opening,
-        closing=chat.closing,
-        special_tokens=chat.special_tokens,
+        **chat.model_dump(),
         max_tokens=decoding.max_tokens,
         repetition_penalty=decoding.repetition_penalty,
         lora_name=_LORA_NAME if lora else None,

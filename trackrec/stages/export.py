@@ -1,5 +1,6 @@
 """A run's last G, its encoder and its rankers as a versioned Triton model repository, tried before it is published."""
 
+import shutil
 import time
 from collections.abc import Mapping
 from importlib import metadata
@@ -138,16 +139,16 @@ def _tried(settings: ExportSettings, folder: Path, log: Path) -> tuple[dict[str,
         ServerError, SmokeError: with the end of the server's log.
     """
     started = time.monotonic()
-    # Python would leave compiled files beside a model's code.
-    with server.running(
-        folder, log, environment={"PYTHONDONTWRITEBYTECODE": "1"}, ready_seconds=settings.ready_s
-    ) as running:
+    with server.running(folder, log, ready_seconds=settings.ready_s) as running:
         ready = round(time.monotonic() - started, 3)
         try:
             answers = smoke.check(running.grpc, smoke.expected(folder))
         except smoke.SmokeError as error:
             end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
             raise smoke.SmokeError("\n".join([str(error), "the end of the server's log:", *end])) from error
+    # The server's python heeds no PYTHONDONTWRITEBYTECODE.
+    for compiled in folder.glob("*/1/__pycache__"):
+        shutil.rmtree(compiled)
     # Times are facts: two exports of the same models are the same bytes.
     seconds = {f"{name}_seconds": answer.pop("seconds") for name, answer in answers.items()}
     return answers, {"ready_seconds": ready, **seconds}
