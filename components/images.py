@@ -35,6 +35,7 @@ IMAGE_OF = {
     "train_ctr": "rank",
     "tabulate_ctr": "data",
     "compare": "rank",
+    "deploy": "data",
 }
 
 # The files of `requirements/` that an image installs.
