@@ -5,21 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from trackrec import storage
-from trackrec.serving import smoke
+from trackrec.serving import smoke, version
 from trackrec.serving_config import DeploySettings
 
 ROLLOUT = "rollout.json"
 # Rolls a version out: its name, where it lies, and the inference that a server must pass; returns what was done.
 Roll = Callable[[str, str, Callable[[str], dict[str, Any]]], dict[str, Any]]
-
-
-class _Provenance(BaseModel):
-    """Of a repository's `version.json`, what is read here."""
-
-    version: str
 
 
 def run(settings: DeploySettings, *, repository: Path, rollout: Path, roll: Roll) -> None:
@@ -35,7 +27,7 @@ def run(settings: DeploySettings, *, repository: Path, rollout: Path, roll: Roll
     Facts: pods that passed the smoke inference.
 
     Raises:
-        ValueError: there is no place for versions, or `repository` is none of the stage `export`.
+        ValueError, FileNotFoundError: there is no place for versions, or `repository` is not of the stage `export`.
         storage.RemoteError, storage.CorruptError: it cannot be brought there whole.
     """
     if settings.versions is None:
@@ -44,12 +36,12 @@ def run(settings: DeploySettings, *, repository: Path, rollout: Path, roll: Roll
             "or a folder on a claim that they mount"
         )
     served = smoke.expected(repository)
-    version = _Provenance.model_validate_json((repository / "version.json").read_text(encoding="utf-8")).version
+    name = version.read(repository).version
     with storage.publish("deploy", settings, inputs={"repository": repository}, outputs={"rollout": rollout}) as job:
         held = storage.read_manifest(repository).content_hash
         uri = f"{settings.versions.rstrip('/')}/{held[:32]}"
         storage.upload(repository, uri)
-        print(f"version {version} lies at {uri}", flush=True)
-        done = roll(version, uri, lambda address: smoke.check(address, served))
+        print(f"version {name} lies at {uri}", flush=True)
+        done = roll(name, uri, lambda address: smoke.check(address, served))
         (job.outputs["rollout"] / ROLLOUT).write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
         job.facts["pods"] = len(done["smoke"])
