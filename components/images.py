@@ -36,6 +36,7 @@ IMAGE_OF = {
     "tabulate_ctr": "data",
     "compare": "rank",
     "export": "triton",
+    "deploy": "data",
 }
 
 # The files of `requirements/` that an image installs.
