@@ -35,6 +35,7 @@ IMAGE_OF = {
     "train_ctr": "rank",
     "tabulate_ctr": "data",
     "compare": "rank",
+    "export": "triton",
 }
 
 # The files of `requirements/` that an image installs.
@@ -43,6 +44,7 @@ LOCKS_OF = {
     "train": ("build", "train", "cuda", "torch"),
     "generate": ("generate", "generate-torch"),
     "rank": ("rank", "cuda", "torch"),
+    "triton": ("triton-cpu", "torch"),
 }
 
 
