@@ -6,6 +6,7 @@ it: histories as numbers, RecCoTs as the connector's output. So a user costs a s
 
 import contextlib
 import hashlib
+import io
 import itertools
 import os
 import shutil
@@ -35,6 +36,8 @@ _HASH, _ROW, _STARTS, _IDS = "hash.npy", "row.npy", "starts.npy", "ids.npy"
 _USERS = tuple(f"{name}.npy" for name in Users._fields)
 # A folder that no process has looked at for so long belongs to none.
 _KEPT_SECONDS = 3600.0
+# What follows a Parquet file's footer: its length (4 bytes) and a mark.
+_TAIL = 8
 
 
 class FeatureTableError(ValueError):
@@ -191,12 +194,29 @@ def _batches(date: Place, manifest: features.Manifest, columns: list[str]) -> It
             )
         filesystem, path = date.arrow(shard.path)
         try:
-            with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as file:
+            with filesystem.open_input_file(path) as source, _opened(source) as file:
                 if file.metadata.num_rows != shard.rows:
                     raise FeatureTableError(f"{date}/{shard.path} has {file.metadata.num_rows} rows, not {shard.rows}")
                 yield from (batch for batch in file.iter_batches(_ROWS, columns=columns) if batch.num_rows)
         except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
             raise FeatureTableError(f"{date}/{shard.path} cannot be read: {error}; write it again") from error
+
+
+def _opened(source: pa.NativeFile) -> pq.ParquetFile:
+    """The file with vectors as lists of any length.
+
+    The server's numpy is older than the newest Arrow takes, and Arrow before 26 cannot read a list of fixed length that
+    is null. That the length is fixed stands in Arrow's own schema in the footer; under another name nobody reads it.
+    """
+    size = source.size()
+    if size < _TAIL:
+        raise pa.ArrowInvalid("it is no Parquet file")
+    footer = int.from_bytes(source.read_at(4, size - _TAIL), "little")
+    if footer > size - _TAIL:
+        raise pa.ArrowInvalid("it is no Parquet file")
+    content = source.read_at(footer + _TAIL, size - footer - _TAIL)
+    metadata = pq.read_metadata(io.BytesIO(content.replace(b"ARROW:schema", b"ARROW:hidden")))
+    return pq.ParquetFile(source, metadata=metadata)
 
 
 def _vectors(batch: pa.RecordBatch, width: int, encoder_version: str) -> tuple[np.ndarray, np.ndarray]:
@@ -207,6 +227,8 @@ def _vectors(batch: pa.RecordBatch, width: int, encoder_version: str) -> tuple[n
     if set(others) - {encoder_version}:
         raise FeatureTableError(f"it has vectors of the encoders {others}; the ranker takes those of {encoder_version}")
     vectors = np.zeros((batch.num_rows, width), dtype=np.float32)
+    if set(pc.unique(pc.list_value_length(column)).to_pylist()) - {None, width}:
+        raise FeatureTableError(f"it has vectors of another width than {width}; encode these users again")
     vectors[present] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
     if not np.isfinite(vectors).all():
         raise FeatureTableError("it has vectors with numbers that are not finite; encode these users again")
