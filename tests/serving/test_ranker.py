@@ -1,6 +1,10 @@
 """The models `ranker_base` and `ranker_trackrec` in the real server, against the ranking model itself."""
 
-from collections.abc import Iterator, Sequence
+import shutil
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,3 +102,66 @@ def test_a_malformed_request_fails_alone(serving: Serving) -> None:
         work = [pool.submit(bad if number % 3 == 0 else good, number) for number in range(30)]
         for future in work:
             future.result()
+
+
+def test_a_new_date_is_taken_while_requests_are_under_way(serving: Serving) -> None:
+    """No request fails, and each is scored by one date as a whole: first by the old one, in the end by the new one."""
+    model = serving.repository / MODELS[1]
+    asked = ["u0", "u1", "u2", "u4"]
+    dates = {"old": USERS, "new": NEXT}
+    expected = {name: reference(model, users, asked, ASKED_ITEMS) for name, users in dates.items()}
+    assert not np.isclose(expected["old"], expected["new"], rtol=1e-3).any()
+    ended = threading.Event()
+
+    def load() -> list[str]:
+        client, seen = serving.client(), []
+        while not ended.is_set():
+            found = ask(client, MODELS[1], asked, ASKED_ITEMS)
+            [which] = [name for name, scores in expected.items() if np.allclose(found, scores, rtol=2e-5)]
+            seen.append(which)
+        return seen
+
+    with ThreadPoolExecutor(6) as pool:
+        work = [pool.submit(load) for _ in range(6)]
+        try:
+            time.sleep(0.5)
+            write_features(serving.features, "2026-11-02", NEXT)
+            until(lambda: np.allclose(ask(serving.client(), MODELS[1], asked, ASKED_ITEMS), expected["new"], rtol=2e-5))
+            time.sleep(0.5)
+        finally:
+            ended.set()
+        answers = [future.result() for future in work]
+    for seen in answers:
+        assert seen[0] == "old" and seen[-1] == "new"
+
+
+def test_a_broken_date_leaves_the_one_before(serving: Serving) -> None:
+    client = serving.client()
+    before = ask(client, MODELS[1], ASKED_USERS, ASKED_ITEMS)
+    date = write_features(serving.features, "2026-11-03", USERS)
+    path = date / "shard=00000/part.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    until(lambda: serving.server.log.read_text().count("dt=2026-11-03 are refused") == 4)
+    np.testing.assert_array_equal(ask(client, MODELS[1], ASKED_USERS, ASKED_ITEMS), before)
+    shutil.rmtree(date)
+
+
+def test_the_server_counts_users_without_features(serving: Serving) -> None:
+    before = metric(serving, "trackrec_users_without_features", MODELS[0])
+    ask(serving.client(), MODELS[0], ["nobody", "u0", "no one"], ASKED_ITEMS)
+    until(lambda: metric(serving, "trackrec_users_without_features", MODELS[0]) == before + 2)
+    assert metric(serving, "trackrec_features_age_seconds", MODELS[0]) > 0
+
+
+def metric(serving: Serving, name: str, model: str) -> float:
+    with urllib.request.urlopen(f"http://{serving.server.metrics}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    [value] = [line.split()[-1] for line in lines if line.startswith(f"{name}{{") and f'model="{model}"' in line]
+    return float(value)
+
+
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
