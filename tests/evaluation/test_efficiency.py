@@ -53,7 +53,7 @@ def test_seconds_that_do_not_compare_are_not_shown(timing: Timing, reason: str) 
     made = found(timings=(SLOW, timing))
     assert [cost.seconds for cost in made.costs] == [None, None]
     assert reason in made.verdict and "times" not in made.verdict
-    assert "| aligned | 4 | 53.8 | 76 | 25% | – |" in efficiency.markdown(made)
+    assert "| aligned | 4 | 53.8 | 75.5 | 25% | – |" in efficiency.markdown(made)
 
 
 def test_nothing_in_common_is_no_table() -> None:
@@ -65,7 +65,7 @@ def test_markdown() -> None:
     assert lines[2:6] == [
         "| model | RecCoTs | mean tokens | p95 tokens | cut | s per RecCoT |",
         "| :--- | ---: | ---: | ---: | ---: | ---: |",
-        "| untuned | 4 | 72.5 | 80 | 50% | 1.300 |",
-        "| aligned | 4 | 53.8 | 76 | 25% | 0.650 |",
+        "| untuned | 4 | 72.5 | 80.0 | 50% | 1.300 |",
+        "| aligned | 4 | 53.8 | 75.5 | 25% | 0.650 |",
     ]
     assert "cut at the token limit would have been longer" in lines[-1]

@@ -214,7 +214,7 @@ def test_efficiency(tmp_path: Path) -> None:
             "seconds": "0.75", "timed": "2",
         },
     ]  # fmt: skip
-    assert "| aligned | 3 | 40.0 | 49 | 0% | 0.750 |" in (results / "efficiency.md").read_text()
+    assert "| aligned | 3 | 40.0 | 49.1 | 0% | 0.750 |" in (results / "efficiency.md").read_text()
     text = page(results)
     assert 'id="efficiency"' in text and 'href="#efficiency"' in text
     verdict = "RecCoTs are shorter: 40.0 tokens against 70.0 of the untuned model"
