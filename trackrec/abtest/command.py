@@ -69,9 +69,9 @@ def abtest(
         ),
     ] = None,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the intervals.")] = 0.95,
-    bootstrap: Annotated[int, typer.Option(min=0, max=100_000, help="Resamples; 0 leaves the bootstrap out.")] = 1000,
+    bootstrap: Annotated[int, typer.Option(min=0, max=10_000, help="Resamples; 0 leaves the bootstrap out.")] = 1000,
     halvings: Annotated[
-        int, typer.Option(min=0, max=100_000, help="Random halvings of the control (A/A); 0 leaves the check out.")
+        int, typer.Option(min=0, max=10_000, help="Random halvings of the control (A/A); 0 leaves the check out.")
     ] = 400,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap and the halvings.")] = 0,
     memory_limit: Annotated[str, typer.Option(help="What summing by user may hold before it spills to disk.")] = "4Gi",
