@@ -72,7 +72,8 @@ def run(
 
     Raises:
         ValueError: `run_config` is no YAML mapping, or inputs contradict one another.
-        ServerError: there is no server, or it does not load the models; SmokeError: one of them does not answer as it should.
+        ServerError: there is no server, or it does not load the models; SmokeError: one of them does not answer as it
+            should.
     """
     arm = _Export.model_validate(
         {"export": settings, "generate": generate, "encode": encode, "domain": domain, "run": run}
