@@ -10,7 +10,7 @@ from scipy import stats
 
 from trackrec.abtest.bucketing import SLOT_SQL, SLOTS, Experiment, slot
 
-# What every other implementation must give, too: docs/serving/abtest.md shows these.
+# What every other implementation must give, too: docs/abtest.md shows these.
 VECTORS = [
     ("exp-1", "1", 8196),
     ("exp-1", "2", 4727),
