@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests import gcs
@@ -156,6 +157,14 @@ def twice(date: Path) -> None:
     commit(date, json.dumps(manifest))
 
 
+def without_a_column(date: Path) -> None:
+    path = date / features.shard_path(0)
+    pq.write_table(pq.read_table(path).drop_columns(["history"]), path)
+    manifest = json.loads((date / features.MANIFEST).read_text())
+    manifest["shards"][0]["bytes"] = path.stat().st_size
+    commit(date, json.dumps(manifest))
+
+
 def not_finite(date: Path) -> None:
     shutil.rmtree(date)
     write_features(date.parent, SECOND, [*USERS[:-1], replace(USERS[-1], vector=[float("inf")] * ENCODER.width)])
@@ -171,6 +180,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     of_another_encoder: "of encoder encoder-2",
     twice: "not in their order",
     not_finite: "not finite",
+    without_a_column: "lacks the columns history",
 }
 
 

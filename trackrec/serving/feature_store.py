@@ -63,8 +63,11 @@ class FeatureStore:
             with contextlib.suppress(OSError, AttributeError):  # of this thread alone, on Linux
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
             while not self._ended.wait(seconds):
-                self.look()
-                after()
+                try:
+                    self.look()
+                    after()
+                except Exception as error:  # or no later date would ever be served
+                    self._log(f"looking for features failed: {error!r}; {self._instead()}")
 
         self._thread = threading.Thread(target=work, name="features", daemon=True)
         self._thread.start()
