@@ -87,6 +87,21 @@ def test_the_scores_are_the_rankers_own(serving: Serving, model: str) -> None:
     assert contract.uses_recot == (model == "ranker_trackrec")
 
 
+def test_the_processes_of_a_model_share_its_table(serving: Serving) -> None:
+    maps = [path for path in Path("/proc").glob("[0-9]*/maps") if mapped(path, serving.cache)]
+    assert len(maps) == 4
+    assert len(set.union(*(mapped(path, serving.cache) for path in maps))) == len(MODELS)
+
+
+def mapped(maps: Path, cache: Path) -> set[str]:
+    """The files of hashes in `cache` that a process has in memory."""
+    try:
+        lines = maps.read_text().splitlines()
+    except OSError:  # it has ended, or is another's
+        return set()
+    return {line.split()[-1] for line in lines if str(cache) in line and line.endswith("hash.npy")}
+
+
 def test_a_malformed_request_fails_alone(serving: Serving) -> None:
     client = serving.client()
     expected = reference(serving.repository / MODELS[1], USERS, ["u0"], ASKED_ITEMS)
