@@ -22,7 +22,7 @@ from trackrec.ctr.features import Numbering
 from trackrec.data import schema
 
 _FIRST = UNKNOWN + 1
-# Candidates in one pass: more are not faster, and an earlier item of each is in memory (DIN: 36 numbers wide).
+# Candidates in one pass: more are not faster, and of each there are L earlier items in memory, some layers wide.
 _CHUNK = 2000
 
 
