@@ -1,6 +1,7 @@
 """The backend `vllm` in a real Triton server: the contract of Triton's own vLLM backend."""
 
 import json
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -272,4 +273,12 @@ def test_a_failed_engine_answers_and_is_not_ready(server: Server) -> None:
             stream.ask("late", TEXTS[0], parameters=GREEDY)
             with pytest.raises(InferenceServerException, match=r"unavailable|not ready|not found"):
                 stream.next()
-        assert client.is_model_ready("generator")
+        # What a probe of Kubernetes asks; and its memory is given back.
+        assert not server.ready() and client.is_model_ready("generator")
+        while states(client)["failing"] != "unloaded":
+            time.sleep(0.1)
+
+
+def states(client: grpc.InferenceServerClient) -> dict[str, str]:
+    """Why models are as they are."""
+    return {model.name: model.reason for model in client.get_model_repository_index().models}
