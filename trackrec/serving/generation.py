@@ -98,8 +98,7 @@ class Generation:
         for thread in self._threads:
             thread.join()
 
-    # A request is let go where it is answered: Triton unloads a model only when nothing holds one. So each turn of a
-    # loop is a call, whose frame ends before the next one waits.
+    # Each turn of a loop is a call, whose frame ends before the next one waits: no answered request is held meanwhile.
 
     def _work(self) -> None:
         while not self._closing or self._under_way:
