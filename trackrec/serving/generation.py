@@ -73,8 +73,14 @@ class Generation:
         self._inbox: queue.SimpleQueue[tuple[Request, bool] | None] = queue.SimpleQueue()
         # None: no more answers will.
         self._outbox: queue.SimpleQueue[tuple[Request, Progress | Exception] | None] = queue.SimpleQueue()
-        # Those that are not answered to their end.
+        # The engine's thread: requests that it works on, and why it no longer does.
+        self._under_way: set[Request] = set()
+        self._failure: UnhealthyError | None = None
+        self._closing = False
+        # Those that are not answered to their end; the other thread's: those of them whose client has gone.
         self._live: set[Request] = set()
+        self._gone: set[Request] = set()
+        self._asked = time.monotonic()
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._work, self._respond)]
         for thread in self._threads:
@@ -92,77 +98,86 @@ class Generation:
         for thread in self._threads:
             thread.join()
 
+    # Each turn of a loop is a call, whose frame ends before the next one waits: no answered request is held meanwhile.
+
     def _work(self) -> None:
-        engine, failure, closing = self._engine, None, False
-        under_way: set[Request] = set()
-        while not closing or under_way:
-            try:
-                # Waits only where there is nothing to do.
-                while not closing:
-                    message = self._inbox.get(block=not under_way)
-                    if message is None:
-                        closing = True
-                    else:
-                        self._take(*message, under_way, failure)
-            except queue.Empty:
+        while not self._closing or self._under_way:
+            while not self._closing and self._take():
                 pass
-            if not under_way:
-                continue
-            try:
-                for progress in engine.step():
-                    request = cast(Request, progress.id)
-                    self._outbox.put((request, progress))
-                    if progress.finish_reason is not None:
-                        under_way.discard(request)
-                self._on_step(engine)
-            except Exception as error:
-                traceback.print_exc()
-                failure = UnhealthyError(error)
-                for request in under_way:
-                    self._outbox.put((request, failure))
-                under_way.clear()
-                self._on_failure(error)
+            if self._under_way:
+                self._step()
         self._outbox.put(None)
 
-    def _take(self, request: Request, wanted: bool, under_way: set[Request], failure: Exception | None) -> None:
-        """A new request, or the end of one whose client has gone."""
+    def _take(self) -> bool:
+        """A new request, or the end of one whose client has gone; False if there is none. Waits if there is no work."""
+        try:
+            message = self._inbox.get(block=not self._under_way)
+        except queue.Empty:
+            return False
+        if message is None:
+            self._closing = True
+            return False
+        request, wanted = message
         if not wanted:
             # Its answer may have gone out meanwhile.
             if self._engine.cancel(request):
-                under_way.discard(request)
+                self._under_way.discard(request)
                 self._outbox.put((request, CancelledError()))
                 self._on_step(self._engine)
-            return
-        if failure is not None:
-            self._outbox.put((request, failure))
-            return
+        elif self._failure is not None:
+            self._outbox.put((request, self._failure))
+        else:
+            try:
+                self._engine.add(request, request.prompt, request.sampling, stream=request.stream)
+                self._under_way.add(request)
+            except (PromptTooLongError, ValueError) as error:
+                self._outbox.put((request, error.with_traceback(None)))
+        return True
+
+    def _step(self) -> None:
         try:
-            self._engine.add(request, request.prompt, request.sampling, stream=request.stream)
-            under_way.add(request)
-        except (PromptTooLongError, ValueError) as error:
-            self._outbox.put((request, error))
+            for progress in self._engine.step():
+                request = cast(Request, progress.id)
+                self._outbox.put((request, progress))
+                if progress.finish_reason is not None:
+                    self._under_way.discard(request)
+            self._on_step(self._engine)
+        except Exception as error:
+            traceback.print_exc()
+            self._failure = UnhealthyError(error)
+            for request in self._under_way:
+                self._outbox.put((request, self._failure))
+                self._engine.cancel(request)
+            self._under_way.clear()
+            self._on_failure(error)
 
     def _respond(self) -> None:
-        gone: set[Request] = set()
-        asked = time.monotonic()
-        while True:
-            try:
-                message = self._outbox.get(timeout=_POLL_SECONDS)
-                if message is None:
-                    return
-                self._send(*message)
-            except queue.Empty:
-                pass
+        while self._answer():
             # Also where answers come without a pause.
-            if time.monotonic() - asked > _POLL_SECONDS:
-                with self._lock:
-                    live = set(self._live)
-                gone &= live
-                for request in live - gone:
-                    if request.cancelled():
-                        gone.add(request)
-                        self._inbox.put((request, False))
-                asked = time.monotonic()
+            if time.monotonic() - self._asked > _POLL_SECONDS:
+                self._ask()
+                self._asked = time.monotonic()
+
+    def _answer(self) -> bool:
+        """Sends one answer, if there is one soon; False after the last."""
+        try:
+            message = self._outbox.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            return True
+        if message is None:
+            return False
+        self._send(*message)
+        return True
+
+    def _ask(self) -> None:
+        """Whether the clients still wait."""
+        with self._lock:
+            live = set(self._live)
+        self._gone &= live
+        for request in live - self._gone:
+            if request.cancelled():
+                self._gone.add(request)
+                self._inbox.put((request, False))
 
     def _send(self, request: Request, what: Progress | Exception) -> None:
         last = isinstance(what, Exception) or what.finish_reason is not None
