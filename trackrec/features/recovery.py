@@ -81,27 +81,24 @@ class Caller:
             FailedError: the server refuses it, or it fails again and again, or takes too long.
             ServerLostError: see there.
         """
-        losses = 0
         try:
             async with asyncio.timeout(self._deadline_s) as limit:
+                # Nearly every call is answered at once.
+                try:
+                    return await self._through_losses(attempt, False, limit)
+                except TroubleError:
+                    if not self._retries:
+                        raise
                 async for again in AsyncRetrying(
                     retry=retry_if_exception_type(TroubleError),
-                    stop=stop_after_attempt(self._retries + 1),
-                    wait=wait_exponential_jitter(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS),
+                    stop=stop_after_attempt(self._retries),
+                    wait=wait_exponential_jitter(2 * _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS),
                     reraise=True,
                 ):
+                    if again.retry_state.attempt_number == 1:
+                        await asyncio.sleep(random.uniform(0, 2 * _FIRST_PAUSE_SECONDS))
                     with again:
-                        while True:
-                            await self._until_well(limit)
-                            careful = losses > 0 or again.retry_state.attempt_number > 1
-                            try:
-                                return await self._once(attempt, careful, losses)
-                            except TroubleError:
-                                if await self._is_well(limit):
-                                    raise
-                                losses += 1
-                                if losses > self._retries:
-                                    raise FailedError(f"the server was lost with it {losses} times") from None
+                        return await self._through_losses(attempt, True, limit)
         except (TroubleError, RequestError, wire.AnswerError) as error:
             raise FailedError(str(error)) from error
         except TimeoutError as error:
@@ -113,6 +110,22 @@ class Caller:
                 raise self._given_up from error
             raise FailedError(f"no answer within {self._deadline_s:g} s") from error
         raise AssertionError("tenacity returns or raises")
+
+    async def _through_losses(
+        self, attempt: Callable[[bool], Awaitable[T]], careful: bool, limit: asyncio.Timeout
+    ) -> T:
+        """An answer, or a failure while the server is well; whenever the server was lost, it is asked again."""
+        losses = 0
+        while True:
+            await self._until_well(limit)
+            try:
+                return await self._once(attempt, careful or losses > 0, losses)
+            except TroubleError:
+                if await self._is_well(limit):
+                    raise
+            losses += 1
+            if losses > self._retries:
+                raise FailedError(f"the server was lost with it {losses} times")
 
     async def _once(self, attempt: Callable[[bool], Awaitable[T]], careful: bool, losses: int) -> T:
         if losses >= _SUSPECT:
