@@ -14,7 +14,7 @@ import pytest
 from tests.features import made
 from tests.features.conftest import WIDTH, Fake, rows, run
 from tests.serving import fakes
-from trackrec.features import job
+from trackrec.features import job, recovery
 from trackrec.features.commit import commit
 from trackrec.features.recovery import ServerLostError
 from trackrec.serving import server
@@ -28,16 +28,19 @@ UNWRITTEN = 32
 
 
 @pytest.fixture
-def slow(tmp_path: Path) -> Iterator[Fake]:
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     """A server of this test's own that takes 50 ms for a RecCoT."""
     folder = tmp_path / "slow"
     folder.mkdir()
     repository = fakes.repository(folder / "repository", width=WIDTH, log=folder / "asked", delay_ms=50)
-    with server.running(repository, folder / "log") as running:
-        found = Fake(running, repository, folder / "asked")
+    # Found out sooner than by default, for the test's sake.
+    monkeypatch.setattr(recovery, "_SILENCE_SECONDS", 1.0)
+    found = Fake(server.start(repository, folder / "log"), repository, folder / "asked")
+    try:
+        found.server.wait_ready(60)
         yield found
-        if found.server is not running:
-            found.server.stop()
+    finally:
+        found.server.kill()
 
 
 @pytest.fixture
@@ -69,10 +72,10 @@ def kill_model(fake: Fake, model: str) -> None:
             command = process.read_bytes()
         except OSError:  # it has ended
             continue
-        if b"triton_python_backend_stub" in command and fake.server.shm_prefix.encode() in command:
-            if f"/{model}/".encode() in command:
-                os.kill(int(process.parent.name), signal.SIGKILL)
-                return
+        marks = (b"triton_python_backend_stub", fake.server.shm_prefix.encode(), f"/{model}/".encode())
+        if all(mark in command for mark in marks):
+            os.kill(int(process.parent.name), signal.SIGKILL)
+            return
     raise AssertionError(f"no process of the model {model}")
 
 

@@ -32,7 +32,8 @@ def summary(place: str, manifest: Manifest) -> str:
     """The manifest for people."""
     statuses = ", ".join(f"{count} {status}" for status, count in manifest.status.items() if count)
     lines = [
-        f"{place}: {manifest.rows} users ({statuses}); {manifest.generated} RecCoTs generated, {manifest.copied} copied",
+        f"{place}: {manifest.rows} users ({statuses}); {manifest.generated} RecCoTs generated, "
+        f"{manifest.copied} copied",
         f"{'':16}{'p50':>10}{'p95':>10}{'p99':>10}{'mean':>10}",
     ]
     for name in ("prompt_tokens", "recot_tokens", "seconds"):
