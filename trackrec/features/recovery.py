@@ -28,6 +28,8 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 10.0
 # A request that was with the server in so many losses goes out alone from then on: maybe it is what kills it.
 _SUSPECT = 2
 _HELLO = "Hello"
+# gRPC's words of a server that is not there; of one that is, UNAVAILABLE is said of a model.
+_UNREACHABLE = "failed to connect"
 
 T = TypeVar("T")
 
@@ -124,30 +126,20 @@ class Caller:
         self, attempt: Callable[[bool], Awaitable[T]], careful: bool, limit: asyncio.Timeout
     ) -> T:
         """An answer, or a failure while the server is well; whenever the server was lost, it is asked again."""
-        losses = 0
-        while True:
-            await self._until_well(limit)
+        for losses in range(self._retries + 1):
+            suspect = losses >= _SUSPECT
+            if suspect:
+                await self._uncounted(self._alone.acquire(), limit)
             try:
-                return await self._once(attempt, careful or losses > 0, losses, limit)
+                await self._until_well(limit)
+                return await self._counted(attempt, careful or losses > 0)
             except TroubleError as error:
                 if await self._is_well(limit, error):
                     raise
-            losses += 1
-            if losses > self._retries:
-                raise FailedError(f"the server was lost with it {losses} times")
-
-    async def _once(
-        self, attempt: Callable[[bool], Awaitable[T]], careful: bool, losses: int, limit: asyncio.Timeout
-    ) -> T:
-        if losses < _SUSPECT:
-            return await self._counted(attempt, careful)
-        await self._uncounted(self._alone.acquire(), limit)
-        try:
-            # The one before may have killed it.
-            await self._until_well(limit)
-            return await self._counted(attempt, careful)
-        finally:
-            self._alone.release()
+            finally:
+                if suspect:
+                    self._alone.release()
+        raise FailedError(f"the server was lost with it {self._retries + 1} times")
 
     async def _counted(self, attempt: Callable[[bool], Awaitable[T]], careful: bool) -> T:
         if not self._under_way:
@@ -233,7 +225,7 @@ class Caller:
                 await self.triton.encode([_HELLO], self.encoder.width)
         except TroubleError as error:
             why = str(error)
-            return _Trouble(model, why, reload=isinstance(error, DeadModelError) or "INTERNAL" in why)
+            return _Trouble(model, why, reload=_UNREACHABLE not in why)
         except TimeoutError:
             return _Trouble(model, f"no answer within {seconds:g} s", slow=True)
         except RequestError as error:
@@ -263,8 +255,8 @@ class Caller:
                 self._served = 0
                 trouble = trouble._replace(reload=False)
         raise ServerLostError(
-            f"Triton at {self.triton.address} has been lost for {self._deadline_s:g} s ({trouble.model}: {trouble.why}); "
-            "see that it serves, then run the same command again: it goes on with the users that are not done"
+            f"Triton at {self.triton.address} has been lost for {self._deadline_s:g} s "
+            f"({trouble.model}: {trouble.why}); see that it serves, then run the same command again: it goes on with the users that are not done"
         )
 
     async def _first_contracts(self) -> tuple[GeneratorContract, EncoderContract]:
