@@ -35,6 +35,8 @@ IMAGE_OF = {
     "train_ctr": "rank",
     "tabulate_ctr": "data",
     "compare": "rank",
+    "export": "triton",
+    "deploy": "data",
 }
 
 # The files of `requirements/` that an image installs.
@@ -43,7 +45,11 @@ LOCKS_OF = {
     "train": ("build", "train", "cuda", "torch"),
     "generate": ("generate", "generate-torch"),
     "rank": ("rank", "cuda", "torch"),
+    "triton": ("triton-cpu", "torch"),
 }
+
+# The served models' own code, which the server imports by its name.
+SERVED = {f"trackrec.serving.{name}" for name in ("encoder_model", "generator_model", "ranker_model")}
 
 
 def released(stage: str) -> str:
@@ -73,6 +79,8 @@ def sources(stage: str) -> list[Path]:
     modules = {f"trackrec.stages.{stage}"} | _imported_in_a_pod(graph, stage)
     if image == "train":
         modules.add("trackrec.stages.node")  # what a TrainJob's nodes run
+    if stage == "export":
+        modules |= SERVED  # what the server runs that tries the models
     found: set[Path] = set()
     for name in modules.union(*map(graph.find_upstream_modules, modules)):
         *packages, own = (ROOT / Path(*name.split(".")[: depth + 1]) for depth in range(name.count(".") + 1))
@@ -83,6 +91,8 @@ def sources(stage: str) -> list[Path]:
         for package in packages:
             found.add(package / "__init__.py")
             found.update(_data_files(package))
+    if stage == "export":
+        found.update((ROOT / "trackrec/serving/backends").rglob("*.py"))
     found.add(ROOT / "images" / image / "Dockerfile")
     found.update(ROOT / "requirements" / f"{lock}.txt" for lock in LOCKS_OF[image])
     return sorted(found)

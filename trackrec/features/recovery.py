@@ -256,7 +256,8 @@ class Caller:
                 trouble = trouble._replace(reload=False)
         raise ServerLostError(
             f"Triton at {self.triton.address} has been lost for {self._deadline_s:g} s "
-            f"({trouble.model}: {trouble.why}); see that it serves, then run the same command again: it goes on with the users that are not done"
+            f"({trouble.model}: {trouble.why}); see that it serves, then run the same "
+            "command again: it goes on with the users that are not done"
         )
 
     async def _first_contracts(self) -> tuple[GeneratorContract, EncoderContract]:

@@ -68,7 +68,7 @@ class GeneratorContract(Contract):
     # any text by itself, `opening` has none.
     opening: str
     closing: str
-    # The strings of all special tokens: broken up where the user's message has them.
+    # The strings of all special tokens: broken up where the user's message has them (`trackrec.serving.prompts`).
     special_tokens: tuple[str, ...]
     max_tokens: Positive
     repetition_penalty: Rate
