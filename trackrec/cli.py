@@ -156,6 +156,10 @@ def features(
     except ValidationError as error:
         raise _failure(explain(error, FeaturesSettings)) from error
     except (OSError, ValueError, RuntimeError) as error:
+        raise _failure(str(error)) from error
+
+
+@app.command()
 def serve(
     repository: Annotated[
         Path, typer.Option(help="A model repository: what the pipeline `release` wrote, e.g. runs/release.")

@@ -138,11 +138,11 @@ def test_the_job_is_killed_and_run_again(fake: Fake, slow: Fake, users: Path, tm
     assert len(slow.asked()) <= USERS + 2 * (CONCURRENCY + UNWRITTEN)
 
 
-def test_a_prompt_that_kills_the_model_fails_alone(fake: Fake, tmp_path: Path) -> None:
+def test_a_prompt_that_kills_the_model_fails_alone(slow: Fake, tmp_path: Path) -> None:
     users = [made.user(number) for number in range(40)]
     users[7] = made.user(7, "(kills)")
     path = made.write(tmp_path / "users.parquet", users)
-    done = run(fake.settings(retries=2), path, tmp_path / "out", DT)
+    done = run(slow.settings(retries=2), path, tmp_path / "out", DT)
     assert done.status == {"ok": 39, "failed": 1}
     assert rows(tmp_path / "out", DT)["status"].to_pylist()[7] == "failed"
 
