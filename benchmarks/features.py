@@ -19,9 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 # Rows of the users' table that are made at once.
@@ -30,6 +27,10 @@ DT = "2026-11-28"
 
 
 def write_users(path: Path, users: int, items: int) -> Path:
+    # The server's environment, where the peer runs, has another numpy than its Arrow needs.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     from tests.features import made
     from trackrec.data import schema
 
@@ -57,25 +58,19 @@ def job(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def peer(args: argparse.Namespace) -> dict[str, Any]:
-    """The engine alone, in the server's environment, with the prompts of the same users."""
-    from trackrec.features import wire
-    from trackrec.features.prompts import prompts
-    from trackrec.llm.continuous import Sampling
-    from trackrec.serving.contract import GeneratorContract
+    """The engine alone, in the server's environment."""
     from trackrec.serving.generator_engine import open_generator
-    from trackrec.serving.repository import read_config
     from trackrec.serving.vllm_args import EngineArguments, SamplingParameters
 
+    given = json.loads(args.table.read_text(encoding="utf-8"))
     os.chdir(args.out)
-    contract = GeneratorContract.of(read_config(Path("generator")))
     version = Path("generator/1")
     _, engine = open_generator(EngineArguments.read(version), version)
-    sampling: Sampling = SamplingParameters.read(wire.sampling_parameters(contract))
-    texts = [prompt.text for prompt in prompts(pq.read_table(args.table), contract) if prompt.text]
-    list(engine.generate(texts[:2], sampling))
+    sampling = SamplingParameters.read(given["sampling"])
+    list(engine.generate(given["texts"][:2], sampling))
     started = time.perf_counter()
-    tokens = sum(completion.num_tokens for _, completion in engine.generate(texts, sampling))
-    return {"users": len(texts), "seconds": time.perf_counter() - started, "tokens": tokens}
+    tokens = sum(completion.num_tokens for _, completion in engine.generate(given["texts"], sampling))
+    return {"users": len(given["texts"]), "seconds": time.perf_counter() - started, "tokens": tokens}
 
 
 def in_own_process(way: str, args: argparse.Namespace, python: str = sys.executable, **given: Any) -> dict[str, Any]:
@@ -117,7 +112,11 @@ def memory(args: argparse.Namespace, scratch: Path) -> None:
 
 
 def engine(args: argparse.Namespace, scratch: Path) -> None:
+    import pyarrow.parquet as pq
+
     from trackrec.config import DecodingSettings, EncodeSettings
+    from trackrec.features import wire
+    from trackrec.features.prompts import prompts
     from trackrec.fetch import fetch
     from trackrec.serving import repository, server
     from trackrec.serving_config import ExportSettings
@@ -125,17 +124,19 @@ def engine(args: argparse.Namespace, scratch: Path) -> None:
     models, smollm2 = scratch / "models", fetch("smollm2-135m-instruct")
     models.mkdir()
     settings, decoding = ExportSettings(dtype="float32"), DecodingSettings(max_tokens=args.tokens)
-    repository.write_generator(
+    contract = repository.write_generator(
         models / "generator", settings, decoding, "movies", base_model=smollm2, generator=smollm2
     )
     repository.write_encoder(models / "encoder", EncodeSettings(), encoder=fetch("all-minilm-l6-v2"))
     table = write_users(scratch / "users.parquet", args.users, args.items)
+    texts = [prompt.text for prompt in prompts(pq.read_table(table), contract)]
+    (scratch / "prompts.json").write_text(json.dumps({"texts": texts, "sampling": wire.sampling_parameters(contract)}))
     python = str((ROOT / os.environ.get(server.ENV, ".venv-triton")).absolute() / "bin/python")
     print(f"{args.users} users with {args.items} items, SmolLM2-135M, {args.tokens} new tokens at most")
     print(f"{'':10}{'RecCoTs/s':>10}{'ratio':>8}")
     ratios = []
     for run in range(args.runs):
-        alone = in_own_process("peer", args, python=python, table=table, out=models)
+        alone = in_own_process("peer", args, python=python, table=scratch / "prompts.json", out=models)
         with server.running(models, scratch / "log") as triton:
             in_own_process(
                 "job",
