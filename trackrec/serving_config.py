@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trackrec.config import Backbone, Count, Positive, Rate, Settings, Share, Text
+from trackrec.config import Backbone, Count, Moment, Positive, Rate, Settings, Share, Text
 
 
 class ExportSettings(Settings):
@@ -35,8 +35,11 @@ class DeploySettings(Settings):
 
 
 class ActiveUsersSettings(Settings):
-    """Who gets a RecCoT: the users of the newest `active_days` days before the job's date."""
+    """Who gets a RecCoT: the users of the newest `active_days` days before the job's moment."""
 
+    # The job's moment, which its partition is named after (ISO 8601, UTC). Left out: the midnight after the last
+    # interaction. A pipeline's parameter `dt`; `trackrec schedule` fills in the day of each run.
+    as_of: Moment | None = None
     active_days: Positive = 30
     # None takes all.
     max_users: Positive | None = None
