@@ -35,6 +35,9 @@ IMAGE_OF = {
     "train_ctr": "rank",
     "tabulate_ctr": "data",
     "compare": "rank",
+    "active_users": "data",
+    "features": "data",
+    "commit_features": "data",
 }
 
 # The files of `requirements/` that an image installs.

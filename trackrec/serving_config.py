@@ -72,3 +72,14 @@ class FeaturesSettings(Settings):
         if not host or not port.isdigit() or "/" in self.triton:
             raise ValueError(f"`triton` is HOST:PORT of Triton's gRPC endpoint (got {self.triton!r})")
         return self
+
+    @property
+    def place(self) -> str:
+        """`out`.
+
+        Raises:
+            ValueError: it is left out.
+        """
+        if self.out is None:
+            raise ValueError("`features.out` names no place; give gs://BUCKET/PATH or a folder")
+        return self.out

@@ -90,13 +90,9 @@ def test_the_first_active_moment_counts(tmp_path: Path, log: Path, days: int, us
     assert [row["user_id"] for row in schema.rows(out, "users")] == list(users)
 
 
-def test_before_the_first_interaction_nobody_is_active(tmp_path: Path, log: Path) -> None:
-    out = run(tmp_path / "out", log, as_of="1970-01-01")
-    assert schema.rows(out, "users") == [] and facts(out)["users"] == 0
-    assert build.partition(out) == "1970-01-01"
-
-
-def test_an_empty_log_is_refused(tmp_path: Path) -> None:
+def test_without_an_active_user_nothing_is_written(tmp_path: Path, log: Path) -> None:
+    with pytest.raises(ValueError, match="no user has an interaction in the 30 days before 1970-01-01; bring the log"):
+        run(tmp_path / "published" / "out", log, as_of="1970-01-01")
     empty = tables.publish(tmp_path / "empty", interactions=[], items=[])
     with pytest.raises(ValueError, match="has no interaction; is this the right log"):
         run(tmp_path / "published" / "out", empty)
@@ -111,9 +107,7 @@ def test_another_stages_output_has_no_moment(log: Path) -> None:
 @pytest.fixture(scope="module")
 def ml_100k(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ml_100k") / "tables"
-    ingest.run(
-        IngestSettings(dataset="ml-100k", max_history=20), raw=fetch("ml-100k"), interactions=out, items=out
-    )
+    ingest.run(IngestSettings(dataset="ml-100k", max_history=20), raw=fetch("ml-100k"), interactions=out, items=out)
     return out
 
 

@@ -54,9 +54,7 @@ def sampled(active: Table, most: int | None, seed: int) -> Table:
     return active.mutate(place=place).filter(_.place < most)
 
 
-def users(
-    kept: Table, interactions: Table, items: Table, *, as_of: int, domain: Domain, history_length: int
-) -> Table:
+def users(kept: Table, interactions: Table, items: Table, *, as_of: int, domain: Domain, history_length: int) -> Table:
     """The `users` table: the users of `kept`, ordered, each with the last items before `as_of`, oldest first.
 
     Args:

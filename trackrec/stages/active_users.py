@@ -45,7 +45,7 @@ def run(
     Raises:
         NotPublishedError, SchemaError: an input is no published table of its kind.
         EngineError: the engine cannot be reached.
-        ValueError: there is no interaction to tell the moment.
+        ValueError: nobody was active: an empty partition would take all users' features away.
     """
     given = {"interactions": interactions, "items": items}
     used = _Shown(**settings.model_dump(), domain=domain, history_length=history_length)
@@ -68,6 +68,11 @@ def run(
         table = build.users(chosen, rows, titles, as_of=as_of, domain=domain, history_length=history_length)
         written = engine.stored(table, job.outputs["users"], "users")
         [all_], [kept], [got] = (engine.fetched(t.agg(users=_.count())) for t in (seen, active, written))
+        if not got["users"]:
+            raise ValueError(
+                f"no user has an interaction in the {settings.active_days} days before {settings.as_of or 'the end'}; "
+                "bring the log up to date, or mend `dt` or `active_users.active_days`"
+            )
         job.facts |= {
             "as_of": as_of,
             "users": got["users"],
