@@ -68,7 +68,7 @@ class GeneratorContract(Contract):
     # any text by itself, `opening` has none.
     opening: str
     closing: str
-    # The strings of all special tokens: broken up where the user's message has them.
+    # The strings of all special tokens: broken up where the user's message has them (`trackrec.serving.prompts`).
     special_tokens: tuple[str, ...]
     max_tokens: Positive
     repetition_penalty: Rate
@@ -86,6 +86,9 @@ class EncoderContract(Contract):
     pooling: Literal["mean", "cls"]
     # Tokens that it reads of a text; the rest is cut off.
     limit: Positive
+    # How it computes: see `trackrec.config.EncodeSettings`.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    batch_tokens: Positive = 2048
 
 
 class RankerContract(Contract):
