@@ -27,8 +27,12 @@ setup: $(VENV)/.ready ## Make .venv with the `trackrec` command; fetch the quick
 quickstart: setup ## Run the whole of TrackRec on this machine, in minutes
 	$(BIN)/trackrec run --config pipelines/configs/quickstart.yaml
 
+.PHONY: triton
+triton: ## Make .venv-triton: the Triton server, and what its models run in on a CPU
+	bash images/triton/venv.sh
+
 .PHONY: test
-test: setup ## Run the tests
+test: setup triton ## Run the tests
 	$(BIN)/python -m pytest
 
 .PHONY: test-gpu

@@ -35,6 +35,8 @@ IMAGE_OF = {
     "train_ctr": "rank",
     "tabulate_ctr": "data",
     "compare": "rank",
+    "export": "triton",
+    "deploy": "data",
     "active_users": "data",
     "features": "data",
     "commit_features": "data",
@@ -46,6 +48,7 @@ LOCKS_OF = {
     "train": ("build", "train", "cuda", "torch"),
     "generate": ("generate", "generate-torch"),
     "rank": ("rank", "cuda", "torch"),
+    "triton": ("triton-cpu", "torch"),
 }
 
 

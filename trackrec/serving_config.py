@@ -30,7 +30,10 @@ class DeploySettings(Settings):
     deployment: Text = "trackrec-triton"
     # Left out: the namespace of the stage's own pod.
     namespace: Text | None = None
-    # How long the new pods may take to get ready before the old version is put back.
+    # Where versions are kept for the server's pods to fetch, each under its own name: gs://… or, on a claim that they
+    # mount as well, a folder.
+    versions: Text | None = None
+    # Without progress for so long (a pod more that is ready) the old version is put back.
     timeout_s: Rate = 1800
 
 

@@ -148,5 +148,5 @@ def test_a_sample_follows_the_seed_and_nests(tmp_path: Path, ml_100k: Path) -> N
     assert drawn("d", max_users=50, seed=1) != some
     assert facts(tmp_path / "a")["dropped_by_sampling"] == len(everyone) - 50
     # A user who is drawn and still active the day before is drawn then, too, unless others were.
-    day_before = {row for row in drawn("before", as_of="1998-04-22", max_users=50)}
+    day_before = set(drawn("before", as_of="1998-04-22", max_users=50))
     assert len(day_before & set(some)) > 40

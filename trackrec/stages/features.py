@@ -1,4 +1,4 @@
-"""Stage `features`: active users' histories to RecCoTs and vectors, written beside earlier days' (`trackrec.features`)."""
+"""Stage `features`: active users' histories to RecCoTs and vectors (`trackrec.features`)."""
 
 from pathlib import Path
 

@@ -1,0 +1,94 @@
+"""The inference that a version must pass, against a real server."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc as triton
+
+from tests.serving import versions
+from trackrec.serving import server, smoke
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, server.Server]]:
+    folder = tmp_path_factory.mktemp("smoke")
+    repository = versions.write(folder / "repository", "g-1")
+    with server.running(repository, folder / "log") as running:
+        yield repository, running
+
+
+def test_a_version_is_asked_for_one_answer_of_every_model(served: tuple[Path, server.Server]) -> None:
+    repository, running = served
+    expected = smoke.expected(repository)
+    assert expected.versions == {"generator": "g-1", "encoder": "1", "ranker_base": "1", "ranker_trackrec": "1"}
+    assert expected.items == versions.ITEMS
+    found = smoke.check(running.grpc, expected)
+    assert found.keys() == expected.versions.keys()
+    generated = found["generator"]
+    assert (generated["text"], generated["finish_reason"], generated["output_tokens"]) == ("quiet films", "length", 8)
+    assert generated["prompt_tokens"] > 20 and generated["model_version"] == "g-1"
+    assert (found["encoder"]["width"], found["encoder"]["num_tokens"]) == (versions.WIDTH, 5)
+    assert found["ranker_base"]["scores"] == found["ranker_trackrec"]["scores"] == [0.25] * 3
+
+
+def test_a_server_of_another_version_does_not_pass(served: tuple[Path, server.Server], tmp_path: Path) -> None:
+    other = smoke.expected(versions.write(tmp_path, "g-2"))
+    with pytest.raises(smoke.SmokeError, match=r"generator at .* is of version g-1, not g-2"):
+        smoke.check(served[1].grpc, other)
+
+
+@pytest.mark.parametrize(
+    ("model", "broken", "message"),
+    [
+        ("generator", "error", "generator at .* out of memory"),
+        ("generator", "empty", r"the generator wrote '' \(8 of at most 8 tokens"),
+        ("generator", "long", r"9 of at most 8 tokens"),
+        ("generator", "silent", "the generator did not answer within 2 s|Deadline Exceeded"),
+        ("encoder", "nan", "vector is zero or not finite"),
+        ("ranker_trackrec", "scores", r"ranker_trackrec's scores are no probabilities: \[2.0, 2.0, 2.0\]"),
+    ],
+)
+def test_what_cannot_be_right_does_not_pass(
+    served: tuple[Path, server.Server], model: str, broken: str, message: str
+) -> None:
+    repository, running = served
+    expected = smoke.expected(repository)
+    asked = smoke.Expected({model: expected.versions[model]}, expected.items)
+    with triton.InferenceServerClient(running.grpc) as client:
+        versions.write(repository, "g-1", broken)
+        try:
+            client.load_model(model)
+            with pytest.raises(smoke.SmokeError, match=message):
+                smoke.check(running.grpc, asked, seconds=2 if broken == "silent" else 20)
+        finally:
+            versions.write(repository, "g-1")
+            client.load_model(model)
+    assert smoke.check(running.grpc, asked).keys() == {model}
+
+
+def test_a_server_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(smoke.SmokeError, match=r"generator at 127.0.0.1:9: .*(?i:unavailable)") as caught:
+        smoke.check("127.0.0.1:9", smoke.Expected({"generator": "g"}), seconds=5)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_repository_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no model"):
+        smoke.expected(tmp_path)
+
+
+def test_a_pods_probe_is_the_same_as_a_command(served: tuple[Path, server.Server], tmp_path: Path) -> None:
+    """The manifests' startup probe."""
+
+    def probe(repository: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trackrec.serving.smoke", served[1].grpc, f"--repository={repository}"]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    passed = probe(served[0])
+    assert passed.returncode == 0 and '"quiet films"' in passed.stdout, passed.stderr
+    refused = probe(versions.write(tmp_path, "g-2"))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: generator at ") and len(refused.stderr.splitlines()) == 1
