@@ -45,7 +45,7 @@ def active_users(
             serving_config.ActiveUsersSettings.model_validate(given),
             engine,
             seed=seed,
-            domain=domain,  # type: ignore[arg-type]  # the stage checks it
+            domain=domain,
             history_length=history_length,
             interactions=Path(interactions.path),
             items=Path(items.path),

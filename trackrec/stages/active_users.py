@@ -30,7 +30,7 @@ def run(
     interactions: Path,
     items: Path,
     users: Path,
-    domain: Domain,
+    domain: str,
     history_length: int,
     seed: int = 0,
 ) -> None:
@@ -48,7 +48,7 @@ def run(
         ValueError: nobody was active: an empty partition would take all users' features away.
     """
     given = {"interactions": interactions, "items": items}
-    used = _Shown(**settings.model_dump(), domain=domain, history_length=history_length)
+    used = _Shown.model_validate({**settings.model_dump(), "domain": domain, "history_length": history_length})
     with (
         storage.publish("active_users", used, inputs=given, outputs={"users": users}, seed=seed) as job,
         tempfile.TemporaryDirectory(dir=job.work) as folder,
@@ -65,7 +65,7 @@ def run(
         seen = engine.kept(build.newest(rows, as_of))
         active = build.active(seen, as_of, settings.active_days)
         chosen = build.sampled(active, settings.max_users, seed)
-        table = build.users(chosen, rows, titles, as_of=as_of, domain=domain, history_length=history_length)
+        table = build.users(chosen, rows, titles, as_of=as_of, domain=used.domain, history_length=used.history_length)
         written = engine.stored(table, job.outputs["users"], "users")
         [all_], [kept], [got] = (engine.fetched(t.agg(users=_.count())) for t in (seen, active, written))
         if not got["users"]:
