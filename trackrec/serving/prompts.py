@@ -6,16 +6,34 @@ Clients know the template from the model's own config (`GeneratorContract`), and
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from trackrec.llm.tokens import TokenizerError
-from trackrec.serving.contract import GeneratorContract as Chat
 
 if TYPE_CHECKING:  # clients have no transformers
     from transformers import PreTrainedTokenizerFast
 
 
-def wrap(chat: Chat, text: str) -> str:
+class Chat(NamedTuple):
+    """The chat template's text before and after the user's message, and the tokens that no message may spell."""
+
+    opening: str
+    closing: str
+    special_tokens: tuple[str, ...]
+
+
+class HasChat(Protocol):
+    """`Chat`, or `GeneratorContract`, which has its fields."""
+
+    @property
+    def opening(self) -> str: ...
+    @property
+    def closing(self) -> str: ...
+    @property
+    def special_tokens(self) -> tuple[str, ...]: ...
+
+
+def wrap(chat: HasChat, text: str) -> str:
     """`text` as the user's message, up to where the assistant's answer starts.
 
     A special token's text inside `text` is broken up by a space, in whatever case it is written.
@@ -47,7 +65,7 @@ def chat_of(tokenizer: "PreTrainedTokenizerFast") -> Chat:
     from trackrec.llm.chat import encode_chat, template_texts
 
     opening, closing = template_texts(tokenizer)
-    special = {tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
+    special = set(tokenizer.all_special_tokens)
     # Some templates use tokens that the tokenizer does not call special.
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     special |= {token for token in added if token.strip() and token in opening + closing}
@@ -55,13 +73,14 @@ def chat_of(tokenizer: "PreTrainedTokenizerFast") -> Chat:
     if bos and opening.startswith(bos) and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
         # The server's tokenizer writes it, and would write it twice.
         opening = opening.removeprefix(bos)
-    chat = Chat(opening=opening, closing=closing, special_tokens=sorted(special))
-    ids = set(tokenizer.convert_tokens_to_ids(chat.special_tokens))
+    chat = Chat(opening=opening, closing=closing, special_tokens=tuple(sorted(special)))
+    ids = {tokenizer.convert_tokens_to_ids(token) for token in chat.special_tokens}
     served, trained = tokenizer(wrap(chat, "x"))["input_ids"], encode_chat(tokenizer, "x")
     if [i for i in served if i in ids] != [i for i in trained if i in ids]:
         raise TokenizerError(
             f"the tokenizer of {tokenizer.name_or_path!r} reads the chat template's text as "
-            f"{tokenizer.convert_ids_to_tokens(served)}, but G was trained on {tokenizer.convert_ids_to_tokens(trained)}: "
-            "a server would give it other prompts; choose a base model whose chat template has its tokenizer's own tokens"
+            f"{tokenizer.convert_ids_to_tokens(served)}, but G was trained on "
+            f"{tokenizer.convert_ids_to_tokens(trained)}: a server would give it other prompts; choose a base model "
+            "whose chat template has the tokens that its tokenizer adds"
         )
     return chat
