@@ -11,7 +11,7 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
 from pipelines import metadata_store
 from pipelines.client import Cluster
-from pipelines.recording import Artifact, RunRecord, recorded
+from pipelines.recording import Artifact, RunRecord, recorded, with_defaults
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 # A task that is several pods, by shard or attempt, is in the first of these states that one of them is in.
@@ -67,11 +67,7 @@ def record(cluster: Cluster, run: api.V2beta1Run) -> RunRecord:
     """
     spec = json_format.ParseDict(cluster.spec(run), PipelineSpec(), ignore_unknown_fields=True)
     given = (run.runtime_config.parameters if run.runtime_config else None) or {}
-    arguments = {
-        name: json_format.MessageToDict(parameter.default_value)
-        for name, parameter in spec.root.input_definitions.parameters.items()
-        if parameter.HasField("default_value")
-    } | given
+    arguments = with_defaults(spec, given)
     named = {name: task.task_info.name or name for name, task in spec.root.dag.tasks.items()}
     executions = metadata_store.executions(cluster, run.run_id, named)
     artifacts = {}
