@@ -4,6 +4,7 @@ Recurring: `trackrec schedule` fills in `dt`, the day of each run. What did not 
 """
 
 from functools import partial
+from typing import Any
 
 from kfp import dsl
 from kfp.dsl.graph_component import GraphComponent
@@ -15,6 +16,9 @@ from pipelines.placement import place, values
 from pipelines.preparation import ingested, preflighted
 from pipelines.sharding import written
 from trackrec.run_config import RunConfig
+
+# The day of a schedule's run, which Kubeflow fills in; the format is Go's.
+SCHEDULED_DAY = "[[ScheduledTime.2006-01-02]]"
 
 
 def build(config: RunConfig) -> GraphComponent:
@@ -55,3 +59,13 @@ def build(config: RunConfig) -> GraphComponent:
         place(done, "commit_features", config)
 
     return batch_features
+
+
+def scheduled(spec: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """A schedule's parameters: this pipeline is given each run's own day, where no other is named.
+
+    Args:
+        spec: the first document of a pipeline's IR.
+    """
+    has_day = "dt" in spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    return {"dt": SCHEDULED_DAY} | arguments if has_day else arguments

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from pipelines import cluster_run, ir, metadata_store, pods, single
+from pipelines import batch_features, cluster_run, ir, metadata_store, pods, single
 from pipelines.client import Cluster, ClusterError
 from pipelines.options import ConfigOption, Pipeline, PipelineOption, ProfileOption, SetOption, built, overrides
 from trackrec import config_file, storage
@@ -31,8 +31,6 @@ console = Console(width=None if sys.stdout.isatty() else 240)
 WATCH = 10.0
 # Kubeflow's cron begins with the second.
 _CRON_FIELDS = 6
-# Filled in by Kubeflow in the runs of a schedule; the format is Go's.
-_SCHEDULED_DAY = "[[ScheduledTime.2006-01-02]]"
 # Stands in the shipped configs for what is yours alone.
 _OPEN = "YOUR-"
 _STYLES = {"SUCCEEDED": "green", "FAILED": "red", "RUNNING": "cyan", "CANCELED": "yellow", "CANCELING": "yellow"}
@@ -140,7 +138,8 @@ def schedule(
     loaded = config_file.load(config, overrides(set_), profile=profile)
 
     def put(pipeline_name: str, package: Path) -> None:
-        arguments = _dated(ir.read(package)[0], _arguments(ir.read(package)[0], param))
+        spec = ir.read(package)[0]
+        arguments = batch_features.scheduled(spec, _arguments(spec, param))
         cluster = Cluster(host, namespace)
         wanted = api.V2beta1RecurringRun(
             display_name=name,
@@ -319,12 +318,6 @@ def _arguments(spec: dict[str, Any], given: list[str] | None) -> dict[str, Any]:
             )
     _filled_in({name: arguments.get(name, definition.get("defaultValue")) for name, definition in known.items()})
     return arguments
-
-
-def _dated(spec: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """A schedule's: a pipeline that works for a day (`dt`) is given each run's own, which Kubeflow fills in."""
-    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    return {"dt": _SCHEDULED_DAY} | arguments if "dt" in known else arguments
 
 
 def _filled_in(values: dict[str, Any]) -> None:
