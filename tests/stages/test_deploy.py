@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from tests.serving import versions
 from trackrec import storage
 from trackrec.serving import smoke, version
-from trackrec.serving_config import DeploySettings
+from trackrec.serving_config import DeploySettings, ExportSettings
 from trackrec.stages import deploy
 
 Ask = Callable[[str], dict[str, Any]]
@@ -19,7 +18,7 @@ Ask = Callable[[str], dict[str, Any]]
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    with storage.publish("export", BaseModel(), inputs={}, outputs={"repository": tmp_path / "repository"}) as job:
+    with storage.publish("export", ExportSettings(), inputs={}, outputs={"repository": tmp_path / "repository"}) as job:
         out = versions.write(job.outputs["repository"], "g-2")
         said = {"run": "r", "config": {}, "models": {}, "absent": {}, "metrics": {}, "packages": {}, "smoke": {}}
         version.write(out, version.Version.model_validate({"version": version.name_of(out), **said}))
@@ -38,7 +37,7 @@ def test_a_version_lies_whole_where_pods_fetch_it_before_it_is_rolled_out(reposi
         asked.append((name, uri))
         # What a pod's init container does.
         storage.download(uri, tmp_path / f"pod-{len(asked)}")
-        with pytest.raises(smoke.SmokeError, match="generator at 127.0.0.1:9"):
+        with pytest.raises(smoke.SmokeError, match=r"generator at 127\.0\.0\.1:9"):
             ask("127.0.0.1:9")
         return {"smoke": {"pod-1": {}, "pod-2": {}}, "was_there": False}
 
@@ -69,7 +68,7 @@ def test_what_cannot_be_rolled_out_is_refused_before_the_cluster_is_asked(reposi
     def roll(name: str, uri: str, ask: Ask) -> dict[str, Any]:
         pytest.fail("rolled out")
 
-    with pytest.raises(ValueError, match="`deploy.versions` is not set: name the place"):
+    with pytest.raises(ValueError, match=r"`deploy\.versions` is not set: name the place"):
         deploy.run(DeploySettings(), repository=repository, rollout=tmp_path / "rollout", roll=roll)
     (repository / "version.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no model repository of the stage `export`"):
