@@ -37,7 +37,7 @@ def test_a_version_lies_whole_where_pods_fetch_it_before_it_is_rolled_out(reposi
         asked.append((name, uri))
         # What a pod's init container does.
         storage.download(uri, tmp_path / f"pod-{len(asked)}")
-        with pytest.raises(smoke.SmokeError, match=r"generator at 127\.0\.0\.1:9"):
+        with pytest.raises(smoke.SmokeError, match=r"encoder at 127\.0\.0\.1:9"):
             ask("127.0.0.1:9")
         return {"smoke": {"pod-1": {}, "pod-2": {}}, "was_there": False}
 
