@@ -30,7 +30,6 @@ def settings(tmp_path: Path) -> DeploySettings:
 
 
 def test_a_version_lies_whole_where_pods_fetch_it_before_it_is_rolled_out(repository: Path, tmp_path: Path) -> None:
-    (tmp_path / "versions").mkdir()
     asked: list[tuple[str, str]] = []
 
     def roll(name: str, uri: str, ask: Ask) -> dict[str, Any]:
@@ -58,7 +57,6 @@ def test_a_failed_rollout_publishes_nothing(repository: Path, tmp_path: Path) ->
     def roll(name: str, uri: str, ask: Ask) -> dict[str, Any]:
         raise RuntimeError("rolled back")
 
-    (tmp_path / "versions").mkdir()
     with pytest.raises(RuntimeError, match="rolled back"):
         deploy.run(settings(tmp_path), repository=repository, rollout=tmp_path / "rollout", roll=roll)
     assert not (tmp_path / "rollout").exists()
