@@ -1,5 +1,6 @@
 """The `trackrec` command: runs, single stages, compiling; the library's own commands are mounted beside them."""
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -11,13 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from components import stages
-from pipelines import cluster_cli, explaining, ir, local, recording, single
+from pipelines import cluster_cli, explaining, ir, local, recording, release, single
 from pipelines.client import ClusterError
 from pipelines.options import ConfigOption, PipelineOption, ProfileOption, SetOption, built, overrides
 from trackrec import config_file, fetch, storage
 from trackrec.cli import app as library
 from trackrec.evaluation import report as reports
 from trackrec.run_config import RunConfig
+from trackrec.serving import version
 
 app = typer.Typer(
     help="Teach a small language model to write recommendation chain-of-thought: on Kubeflow or on one machine.",
@@ -33,6 +35,8 @@ console = Console(file=sys.stdout)
 _CLUSTERS_RUN = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Columns below which the drawn table would cut its figures; the same as Markdown wraps whole.
 _TABLE_WIDTH = 150
+# Under `--root`: the newest release, for `trackrec serve`.
+RELEASE = "release"
 
 RootOption = Annotated[Path, typer.Option("--root", help="Where runs, artifacts and the cache lie.")]
 
@@ -44,7 +48,8 @@ def run(
     profile: ProfileOption = None,
     pipeline: PipelineOption = "trackrec",
     from_: Annotated[
-        str | None, typer.Option("--from", help="For `backbones`: the finished run whose tables and RecCoTs are read.")
+        str | None,
+        typer.Option("--from", help="For `backbones` and `release`: the finished run whose artifacts are read."),
     ] = None,
     texts: Annotated[
         str | None,
@@ -55,8 +60,13 @@ def run(
 ) -> None:
     """Run the compiled pipeline on this machine; ends with its tables and the place of the report."""
     loaded = config_file.load(config, overrides(set_), profile=profile)
-    if (from_ is not None) != (pipeline == "backbones") or (texts is not None and from_ is None):
-        raise config_file.ConfigError("--from RUN goes with `--pipeline backbones`, and --texts with --from")
+    if (from_ is not None) != (pipeline in ("backbones", "release")) or (texts and pipeline != "backbones"):
+        raise config_file.ConfigError(
+            "--from RUN goes with `--pipeline backbones` and `--pipeline release`, and --texts with `backbones`"
+        )
+    if pipeline == "release":
+        _release(loaded, str(from_), root, cache=cache)
+        return
     arguments, versions = local_inputs(loaded, ["encoder"] if from_ else ["raw_data", "base_model", "encoder"])
     loaded = loaded.model_copy(update=versions)
     made = built(pipeline, loaded)
@@ -64,6 +74,34 @@ def run(
         arguments |= tables_of(local.read_record(root, Path(from_).name), texts, loaded.loop.iterations)
     record = local.execute(made, ir.config_text(loaded), root=root, arguments=arguments, caching=cache, console=console)
     show(record, root)
+
+
+def _release(loaded: RunConfig, from_: str, root: Path, *, cache: bool) -> None:
+    """A finished run's models as a repository; RELEASE under `root` points to the newest."""
+    name = Path(from_).name
+    record, own = local.read_record(root, name), root / name / local.CONFIG
+    arguments = release.arguments(record, loaded, config_file.load(own, {}), own.read_text(encoding="utf-8"))
+    # By what lies there now, for the cache.
+    versions = {
+        f"{key}_version": storage.content_hash(Path(arguments[key]))
+        for key in ("base_model", "encoder")
+        if key in arguments
+    }
+    made = release.build(loaded.model_copy(update=versions), deployed=False)
+    done = local.execute(made, ir.config_text(loaded), root=root, arguments=arguments, caching=cache, console=console)
+    repository = Path(single.find(done, "export").outputs["repository"].uri)
+    served = version.read(repository)
+    link = root / RELEASE
+    storage.link(link, repository.resolve())
+    for model in served.models:
+        console.print(f"✔ {model} answered: {escape(json.dumps(served.smoke[model]))}", soft_wrap=True, style="dim")
+    for model, why in served.absent.items():
+        console.print(f"  no {model}: {escape(why)}", soft_wrap=True, style="dim")
+    console.print(
+        f"[bold]version {served.version}[/] of {name}: {escape(str(repository))}\n"
+        f"trackrec serve --repository {escape(str(link))}",
+        soft_wrap=True,
+    )
 
 
 @app.command()

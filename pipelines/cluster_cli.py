@@ -76,6 +76,9 @@ def submit(
     set_: SetOption = None,
     profile: ProfileOption = None,
     pipeline: PipelineOption = "trackrec",
+    from_: Annotated[
+        str | None, typer.Option("--from", help="For `release`: the finished run on the cluster whose models it is of.")
+    ] = None,
     param: ParameterOption = None,
     experiment: ExperimentOption = None,
     cache: Annotated[bool, typer.Option(help="Reuse what unchanged stages wrote before.")] = True,
@@ -85,6 +88,10 @@ def submit(
 ) -> None:
     """Upload a pipeline if need be and start a run of it; --no-cache runs a copy that reuses nothing."""
     loaded = config_file.load(config, overrides(set_), profile=profile)
+    if from_ is not None and pipeline != "release":
+        raise config_file.ConfigError("--from RUN goes with `--pipeline release`")
+    if from_ is not None:
+        param = [*cluster_run.released(Cluster(host, namespace), from_, loaded), *(param or [])]
 
     def start(name: str, package: Path) -> None:
         documents = ir.read(package)
@@ -315,7 +322,9 @@ def _arguments(spec: dict[str, Any], given: list[str] | None) -> dict[str, Any]:
             raise config_file.ConfigError(
                 f"{name}: {value} is for one machine; on a cluster give its place, e.g. --param {name}=gs://BUCKET/PATH"
             )
-    _filled_in({name: arguments.get(name, definition.get("defaultValue")) for name, definition in known.items()})
+    given_or_default = {name: arguments.get(name, definition.get("defaultValue")) for name, definition in known.items()}
+    # What a finished run's settings left open, its parameters gave.
+    _filled_in({name: value for name, value in given_or_default.items() if name != "run_config"})
     return arguments
 
 

@@ -1,17 +1,21 @@
 """A run on a cluster as the commands read it: its tasks with their states, and its record like a local run's."""
 
 import datetime as dt
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import kfp_server_api as api
 from google.protobuf import json_format
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
-from pipelines import metadata_store
-from pipelines.client import Cluster
+from pipelines import ir, metadata_store, release
+from pipelines.client import Cluster, ClusterError
 from pipelines.recording import Artifact, RunRecord, recorded
+from trackrec import config_file
+from trackrec.run_config import RunConfig
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 # A task that is several pods, by shard or attempt, is in the first of these states that one of them is in.
@@ -88,3 +92,25 @@ def record(cluster: Cluster, run: api.V2beta1Run) -> RunRecord:
         seconds=round((run.finished_at - run.created_at).total_seconds(), 1) if finished else 0.0,
         tasks=recorded(spec, artifacts, arguments, cached=cached),
     )
+
+
+def released(cluster: Cluster, run_id: str, config: RunConfig) -> list[str]:
+    """A finished run's models as parameters, NAME=VALUE, of `pipelines/release.py` under `config`.
+
+    Raises:
+        ClusterError: the run has not succeeded.
+        ConfigError, LookupError: see `release.arguments`.
+    """
+    if config.deploy.versions is None:
+        # The stage would say so after the export.
+        raise config_file.ConfigError("`deploy.versions` is not set: name where versions lie, gs://BUCKET/PATH")
+    run = cluster.run(run_id)
+    if run.state != "SUCCEEDED":
+        raise ClusterError(f"the run {run_id} is {run.state}; release one that has succeeded")
+    text = ir.config_in(cluster.spec(run))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{run_id}.yaml")
+        path.write_text(text, encoding="utf-8")
+        own = config_file.load(path)
+    found = release.arguments(record(cluster, run), config, own, text)
+    return [f"{name}={value}" for name, value in found.items()]

@@ -6,13 +6,18 @@ from typing import Annotated, Any, Literal
 import typer
 from kfp.dsl.graph_component import GraphComponent
 
-from pipelines import ablations, backbones, trackrec
+from pipelines import ablations, backbones, release, trackrec
 from trackrec import config_file
 from trackrec import profile as profiles
 from trackrec.run_config import RunConfig
 
-PIPELINES = {"trackrec": trackrec.build, "ablations": ablations.build, "backbones": backbones.build}
-Pipeline = Literal["trackrec", "ablations", "backbones"]
+PIPELINES = {
+    "trackrec": trackrec.build,
+    "ablations": ablations.build,
+    "backbones": backbones.build,
+    "release": release.build,
+}
+Pipeline = Literal["trackrec", "ablations", "backbones", "release"]
 
 PipelineOption = Annotated[
     Pipeline,
@@ -20,7 +25,8 @@ PipelineOption = Annotated[
         "--pipeline",
         "-p",
         help="trackrec: the whole. ablations: the loop without alignment, distillation, iterating. "
-        "backbones: ranking models on the RecCoTs of a finished run.",
+        "backbones: ranking models on the RecCoTs of a finished run. "
+        "release: the models of a finished run to Triton.",
     ),
 ]
 ConfigOption = Annotated[

@@ -92,7 +92,9 @@ def _on_nodes(task: PipelineTask, stage: str, resources: Resources, image: str) 
     task.component_spec = dataclasses.replace(task.component_spec, task_config_passthroughs=_HANDED_OVER)
 
 
-def imported(uri: PipelineParameterChannel, version: str, kind: type, title: str, after: PipelineTask) -> dsl.Artifact:
+def imported(
+    uri: PipelineParameterChannel, version: str, kind: type, title: str, after: PipelineTask | None = None
+) -> dsl.Artifact:
     """An artifact from outside the run; what reads it waits for the task `after`, too.
 
     Args:
@@ -100,7 +102,9 @@ def imported(uri: PipelineParameterChannel, version: str, kind: type, title: str
             importer's metadata as they stand and fills no parameter in, so all versions would be one to its cache.
     """
     task = dsl.importer(artifact_uri=uri, artifact_class=kind, metadata={"version": version})
-    task.set_display_name(title).after(after)
+    task.set_display_name(title)
+    if after is not None:
+        task.after(after)
     return task.output
 
 

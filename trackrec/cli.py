@@ -130,6 +130,38 @@ def get(
     typer.echo(directory)
 
 
+@app.command()
+def serve(
+    repository: Annotated[
+        Path, typer.Option(help="A model repository: what the pipeline `release` wrote, e.g. runs/release.")
+    ],
+    features: Annotated[
+        str | None, typer.Option(help="Where the feature job commits its tables, for the rankers: a folder or gs://.")
+    ] = None,
+    address: Annotated[str, typer.Option(help="What to listen on; 0.0.0.0 is every address of the machine.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Of gRPC.")] = 8001,
+    http_port: Annotated[int, typer.Option(help="Of HTTP.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(help="Of Prometheus' metrics.")] = 8002,
+    ready: Annotated[float, typer.Option(min=1, help="Seconds until all models must be loaded.")] = 900,
+) -> None:
+    """Serve a version with Triton on this machine, until Ctrl-C or SIGTERM."""
+    from trackrec.serving import local, server
+
+    try:
+        local.serve(
+            repository,
+            address=address,
+            ports=(port, http_port, metrics_port),
+            features=features,
+            ready_seconds=ready,
+            say=typer.echo,
+        )
+    except (OSError, ValueError, server.ServerError) as error:
+        raise _failure(str(error)) from error
+
+
 def _failure(message: str) -> typer.Exit:
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(1)

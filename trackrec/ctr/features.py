@@ -8,6 +8,7 @@ attributes, an unknown user history and RecCoT. Where no train id is rare, UNKNO
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,55 @@ class Names:
     ratings: list[float]
     # The labels of earlier items that have no rating, numbered after the ratings.
     unrated: list[int]
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """Ids to numbers: of `names` those that training knows, of `catalogue` every item there is (`Tables`).
+
+    A catalogue that has grown since training numbers its new items too: they are UNKNOWN, with their attributes.
+    """
+
+    names: Names
+    catalogue: list[str]  # sorted
+
+    def users(self, column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+        """int64 [R]: numbers of `Vocabulary.users`."""
+        return _lookup(column, self.names.users)
+
+    def items(self, column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+        """int64 [R]: rows of the catalogue."""
+        return _lookup(column, self.catalogue)
+
+    def histories(self, column: pa.ChunkedArray | pa.Array, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each row's newest `length` earlier items the rows of the catalogue and the numbers of their ratings, each
+        int64 [R, length], NONE after the newest."""
+        return self._numbered(_Newest.of(column, length))
+
+    def own_items(self) -> np.ndarray:
+        """int64 [catalogue]: `Tables.item`."""
+        return np.concatenate([[NONE, UNKNOWN], _lookup(pa.array(self.catalogue, pa.string()), self.names.items)])
+
+    def item_attributes(self, items: pa.Table) -> np.ndarray:
+        """int64 [catalogue, most]: `Tables.item_attributes`, from table `items`."""
+        attributes = dict(zip(items["item_id"].to_pylist(), items["attributes"].to_pylist(), strict=True))
+        number = {name: place for place, name in enumerate(self.names.attributes, start=_FIRST)}
+        own = [[number[name] for name in attributes[item] or [] if name in number] for item in self.catalogue]
+        table = np.full((len(own) + _FIRST, max(1, max(map(len, own), default=1))), NONE, dtype=np.int64)
+        for place, numbers in enumerate(own, start=_FIRST):
+            table[place, : len(numbers)] = numbers
+        return table
+
+    def _numbered(self, newest: "_Newest") -> tuple[np.ndarray, np.ndarray]:
+        items, ratings = (np.full(newest.inside.shape, NONE, dtype=np.int64) for _ in range(2))
+        items[newest.inside] = self.items(newest.item)
+        values, labels = np.array(self.names.ratings), np.array(self.names.unrated)
+        numbers = np.empty(len(newest.rating), dtype=np.int64)
+        rated = ~np.isnan(newest.rating)
+        numbers[rated] = _numbered(newest.rating[rated], values, _FIRST)
+        numbers[~rated] = _numbered(newest.label[~rated], labels, _FIRST + len(values))
+        ratings[newest.inside] = numbers
+        return items, ratings
 
 
 @dataclass(frozen=True)
@@ -91,18 +141,16 @@ def dataset(
         raise ValueError("the interactions have no row in split 'train': there is nothing to train on")
     users = _known(interactions["user_id"], train, min_rows)
     known_items = _known(interactions["item_id"], train, min_rows)
-    catalogue = sorted(items["item_id"].to_pylist())
-    history, history_rating, ratings, unrated = _histories(interactions["history"], catalogue, history_length, train)
-    attributes, item_attributes = _attributes(items, catalogue, set(known_items))
-    own_item = np.concatenate([[NONE, UNKNOWN], _lookup(pa.array(catalogue, pa.string()), known_items)])
+    newest = _Newest.of(interactions["history"], history_length)
+    ratings, unrated = _ratings(newest, train)
+    names = Names(users, known_items, _attributes(items, set(known_items)), ratings, unrated)
+    numbering = Numbering(names, sorted(items["item_id"].to_pylist()))
     columns = (
-        _lookup(interactions["user_id"], users),
-        _lookup(interactions["item_id"], catalogue),
-        history,
-        history_rating,
+        numbering.users(interactions["user_id"]),
+        numbering.items(interactions["item_id"]),
+        *numbering._numbered(newest),
         recot.astype(np.int64),
     )
-    names = Names(users, known_items, attributes, ratings, unrated)
     return Dataset(
         rows=Batch(*(torch.from_numpy(column) for column in columns)),
         labels=torch.from_numpy(interactions["label"].to_numpy().astype(np.float32)),
@@ -111,11 +159,13 @@ def dataset(
         users=interactions["user_id"].to_numpy(zero_copy_only=False),
         user_train_rows=_train_rows(interactions["user_id"], whole),
         item_train_rows=_train_rows(interactions["item_id"], whole),
-        tables=Tables(torch.from_numpy(own_item), torch.from_numpy(item_attributes), vectors),
+        tables=Tables(
+            torch.from_numpy(numbering.own_items()), torch.from_numpy(numbering.item_attributes(items)), vectors
+        ),
         vocabulary=Vocabulary(
             users=len(users) + _FIRST,
             items=len(known_items) + _FIRST,
-            attributes=len(attributes) + _FIRST,
+            attributes=len(names.attributes) + _FIRST,
             ratings=len(ratings) + len(unrated) + _FIRST,
             vector_width=vectors.shape[1],
         ),
@@ -170,31 +220,33 @@ def _lookup(column: pa.ChunkedArray | pa.Array, known: Iterable[str]) -> np.ndar
     return pc.fill_null(pc.add(places, _FIRST), UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _histories(
-    column: pa.ChunkedArray, catalogue: list[str], length: int, train: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, list[float], list[int]]:
-    """Items and ratings of the newest `length` earlier rows, [R, length] each, the ratings there are, and the labels
-    that stand for a rating where there is none.
+@dataclass(frozen=True)
+class _Newest:
+    """The newest earlier items of all rows, one after the other, and where they stand in [R, length]."""
 
-    A rating's number is its place among those of the train rows' histories; the labels come after the ratings.
-    """
-    lists = column.combine_chunks()
-    sizes = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
-    kept = np.minimum(sizes, length)
-    inside = np.arange(length) < kept[:, None]
-    # Only what is kept is looked up: a history may hold a hundred times more.
-    places = (lists.offsets.to_numpy()[1:] - kept)[:, None] + np.arange(length)
-    newest = lists.values.take(pa.array(places[inside]))
-    items, ratings = (np.full(inside.shape, NONE, dtype=np.int64) for _ in range(2))
-    items[inside] = _lookup(newest.field("item_id"), catalogue)
-    rating, label = (newest.field(name).to_numpy(zero_copy_only=False) for name in ("rating", "label"))
-    rated, of_train = ~np.isnan(rating), np.repeat(train, kept)
-    values, labels = np.unique(rating[of_train & rated]), np.unique(label[of_train & ~rated])
-    numbers = np.empty(len(rating), dtype=np.int64)
-    numbers[rated] = _numbered(rating[rated], values, _FIRST)
-    numbers[~rated] = _numbered(label[~rated], labels, _FIRST + len(values))
-    ratings[inside] = numbers
-    return items, ratings, values.tolist(), labels.tolist()
+    inside: np.ndarray  # bool [R, length]
+    item: pa.Array  # text [inside]
+    rating: np.ndarray  # [inside]; no number where there is none
+    label: np.ndarray  # [inside]
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray | pa.Array, length: int) -> Self:
+        lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        sizes = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
+        kept = np.minimum(sizes, length)
+        inside = np.arange(length) < kept[:, None]
+        # Only what is kept is looked up: a history may hold a hundred times more.
+        places = (lists.offsets.to_numpy()[1:] - kept)[:, None] + np.arange(length)
+        newest = lists.values.take(pa.array(places[inside]))
+        rating, label = (newest.field(name).to_numpy(zero_copy_only=False) for name in ("rating", "label"))
+        return cls(inside, newest.field("item_id"), rating, label)
+
+
+def _ratings(newest: _Newest, train: np.ndarray) -> tuple[list[float], list[int]]:
+    """The ratings in the train rows' histories, and the labels that stand for a rating where there is none."""
+    rated, of_train = ~np.isnan(newest.rating), np.repeat(train, newest.inside.sum(1))
+    values, labels = np.unique(newest.rating[of_train & rated]), np.unique(newest.label[of_train & ~rated])
+    return values.tolist(), labels.tolist()
 
 
 def _numbered(found: np.ndarray, known: np.ndarray, first: int) -> np.ndarray:
@@ -203,19 +255,10 @@ def _numbered(found: np.ndarray, known: np.ndarray, first: int) -> np.ndarray:
     return np.where(np.isin(found, known), places + first, UNKNOWN)
 
 
-def _attributes(items: pa.Table, catalogue: list[str], known_items: set[str]) -> tuple[list[str], np.ndarray]:
-    """The attributes there are, and those of each item of the catalogue, [catalogue, most], NONE after the last.
-
-    An attribute that no known item has learns nothing, so it is left out.
-    """
+def _attributes(items: pa.Table, known_items: set[str]) -> list[str]:
+    """An attribute that no known item has learns nothing, so it is left out."""
     attributes = dict(zip(items["item_id"].to_pylist(), items["attributes"].to_pylist(), strict=True))
-    names = sorted({name for item in known_items for name in attributes.get(item) or []})
-    number = {name: place for place, name in enumerate(names, start=_FIRST)}
-    own = [[number[name] for name in attributes[item] or [] if name in number] for item in catalogue]
-    table = np.full((len(catalogue) + _FIRST, max(1, max(map(len, own), default=1))), NONE, dtype=np.int64)
-    for place, numbers in enumerate(own, start=_FIRST):
-        table[place, : len(numbers)] = numbers
-    return names, table
+    return sorted({name for item in known_items for name in attributes.get(item) or []})
 
 
 def _train_rows(column: pa.ChunkedArray, train: np.ndarray) -> np.ndarray:

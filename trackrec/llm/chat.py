@@ -65,9 +65,15 @@ def _group(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[str]], cut
     return prefix, suffixes
 
 
-def _wrapping(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """The chat template's ids before and after the user's text."""
+def template_texts(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+    """The chat template's text before and after the user's."""
     chat = [{"role": "user", "content": _CONTENT}]
     text = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
     opening, closing = text.split(_CONTENT)
+    return opening, closing
+
+
+def _wrapping(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """The chat template's ids before and after the user's text."""
+    opening, closing = template_texts(tokenizer)
     return tokenizer.encode(opening, add_special_tokens=False), tokenizer.encode(closing, add_special_tokens=False)

@@ -22,6 +22,7 @@ class PromptTooLongError(ValueError):
     """A prompt that leaves no room for the tokens that are to follow it."""
 
     def __init__(self, prompt: int, new: int, limit: int) -> None:
+        self.prompt, self.new, self.limit = prompt, new, limit
         super().__init__(
             f"a prompt of {prompt} tokens and {new} new ones exceed the model's {limit}; lower "
             "`contexts.history_length` or `max_tokens` (in vLLM, or raise `engine.max_model_len` where it can be)"

@@ -59,23 +59,17 @@ class Contract(BaseModel):
             ) from error
 
 
-class Chat(BaseModel):
-    """The chat template's text before and after the user's message, and the tokens that no message may spell."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    # Where the tokenizer puts a first token (BOS) before any text by itself, `opening` has none.
-    opening: str
-    closing: str
-    # Broken up where the user's message has them (`trackrec.serving.prompts`).
-    special_tokens: list[str]
-
-
-class GeneratorContract(Contract, Chat):
+class GeneratorContract(Contract):
     """G: how a prompt becomes `text_input`, and how it decodes."""
 
     # Which of Figure 4's templates it was aligned on.
     domain: Domain
+    # The chat template's text before and after the user's message. Where the tokenizer puts a first token (BOS) before
+    # any text by itself, `opening` has none.
+    opening: str
+    closing: str
+    # The strings of all special tokens: broken up where the user's message has them (`trackrec.serving.prompts`).
+    special_tokens: tuple[str, ...]
     max_tokens: Positive
     repetition_penalty: Rate
     # Of `sampling_parameters`, where the adapter lies beside the weights.

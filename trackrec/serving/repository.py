@@ -72,7 +72,9 @@ def write_generator(
         # Not the engine's arguments: another share of the GPU's memory makes no other texts.
         model_version=_version(files / "weights", files / "adapter"),
         domain=domain,
-        **chat.model_dump(),
+        opening=chat.opening,
+        closing=chat.closing,
+        special_tokens=chat.special_tokens,
         max_tokens=decoding.max_tokens,
         repetition_penalty=decoding.repetition_penalty,
         lora_name=_LORA_NAME if lora else None,

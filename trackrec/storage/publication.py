@@ -243,6 +243,20 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
+def link(path: Path, target: Path) -> None:
+    """Points the symbolic link `path` to `target`, at once: a reader finds the old or the new.
+
+    Raises:
+        OccupiedError: something else lies at `path`.
+    """
+    if path.exists() and not path.is_symlink():
+        raise OccupiedError(f"{path} is no link; move it away")
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(path)
+
+
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

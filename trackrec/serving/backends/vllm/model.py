@@ -1,0 +1,3 @@
+from trackrec.serving.generator_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
