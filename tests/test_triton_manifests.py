@@ -279,12 +279,14 @@ def test_the_rules_read_metrics_that_the_server_has(
     served: Served,
 ) -> None:
     (held,) = [item for item in of("components/triton-autoscaling") if item["kind"] == "ConfigMap"]
-    (own, _) = yaml.safe_load(held["data"]["rules.yaml"])["rules"]
-    asked = set(re.findall(r"nv_\w+", own["metricsQuery"]))
+    text = held["data"]["rules.yaml"]
+    asked = set(re.findall(r"nv_\w+", text))
     assert asked == {"nv_inference_queue_duration_us", "nv_inference_request_success"}
     lines = answers(served[1]["metrics"], "/metrics").splitlines()
-    for name, model in itertools.product(asked, ("encoder", "ranker_base")):
+    for name, model in itertools.product(asked, ("generator", "encoder", "ranker_base")):
         assert any(line.startswith(f"{name}{{") and f'model="{model}"' in line for line in lines), name
+    # tests/serving asks the generator's backend for its own.
+    assert set(re.findall(r"vllm:\w+", text)) == {"vllm:num_requests_waiting"}
 
 
 def test_a_pod_ends_by_sigterm(served: Served) -> None:
