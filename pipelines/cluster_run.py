@@ -97,6 +97,9 @@ def released(cluster: Cluster, run_id: str, config: RunConfig) -> list[str]:
         ClusterError: the run has not succeeded.
         ConfigError, LookupError: see `release.arguments`.
     """
+    if config.deploy.versions is None:
+        # The stage would say so after the export.
+        raise config_file.ConfigError("`deploy.versions` is not set: name where versions lie, gs://BUCKET/PATH")
     run = cluster.run(run_id)
     if run.state != "SUCCEEDED":
         raise ClusterError(f"the run {run_id} is {run.state}; release one that has succeeded")

@@ -7,6 +7,7 @@ from kfp import dsl
 from kfp.dsl.graph_component import GraphComponent
 from kfp.dsl.pipeline_channel import PipelineParameterChannel
 
+from components.deploy.component import deploy
 from components.export.component import export
 from pipelines import single
 from pipelines.placement import imported, place, values
@@ -89,7 +90,9 @@ def _released(
         run_config=run_config,
         **given,
     )
-    place(task, "export", config)
+    exported = place(task, "export", config).outputs
+    if deployed:
+        place(deploy(settings=values(config.deploy), repository=exported["repository"]), "deploy", config)
 
 
 def arguments(record: RunRecord, config: RunConfig, own: RunConfig, own_text: str) -> dict[str, str]:
