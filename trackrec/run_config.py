@@ -224,7 +224,7 @@ class RunConfig(Settings):
     loop: LoopSettings = LoopSettings()
     # Left out: the run ends with V's evaluations.
     ranking: RankingSettings | None = None
-    # Of `ingest` and `contexts`.
+    # Of `ingest`, `contexts` and `active_users`.
     data: DataSettings = DataSettings()
     ingest: IngestSettings
     contexts: ContextsSettings
