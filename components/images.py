@@ -52,6 +52,9 @@ LOCKS_OF = {
     "triton": ("triton-cpu", "torch"),
 }
 
+# The served models' own code, which the server imports by its name.
+SERVED = {f"trackrec.serving.{name}" for name in ("encoder_model", "generator_model", "ranker_model")}
+
 
 def released(stage: str) -> str:
     """The image that a component on its own names: the release's."""
@@ -80,6 +83,8 @@ def sources(stage: str) -> list[Path]:
     modules = {f"trackrec.stages.{stage}"} | _imported_in_a_pod(graph, stage)
     if image == "train":
         modules.add("trackrec.stages.node")  # what a TrainJob's nodes run
+    if stage == "export":
+        modules |= SERVED  # what the server runs that tries the models
     found: set[Path] = set()
     for name in modules.union(*map(graph.find_upstream_modules, modules)):
         *packages, own = (ROOT / Path(*name.split(".")[: depth + 1]) for depth in range(name.count(".") + 1))
@@ -93,6 +98,8 @@ def sources(stage: str) -> list[Path]:
     # And what the Dockerfile copies beside it.
     text = (ROOT / "images" / image / "Dockerfile").read_text(encoding="utf-8")
     found.update(ROOT / name for name in re.findall(rf"\bimages/{image}/[\w.]+", text))
+    if stage == "export":
+        found.update((ROOT / "trackrec/serving/backends").rglob("*.py"))
     found.add(ROOT / "images" / image / "Dockerfile")
     found.update(ROOT / "requirements" / f"{lock}.txt" for lock in LOCKS_OF[image])
     return sorted(found)

@@ -1,7 +1,7 @@
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
+from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from trackrec.llm.sampling import gumbel, nucleus, penalise_repetition, split_mix
+from trackrec.llm.sampling import gumbel, keep_top, nucleus, penalise_repetition, split_mix
 
 DRAWS = 10_000
 
@@ -72,3 +72,26 @@ def test_repetition_penalty_by_hand_and_as_in_transformers() -> None:
     torch.testing.assert_close(penalised, torch.tensor([[1.6, -1.25, 3.0, -2.0]]))
     theirs = RepetitionPenaltyLogitsProcessor(1.25)(torch.tensor([[0, 1, 1]]), logits.clone())
     torch.testing.assert_close(penalised, theirs)
+
+
+def test_each_row_by_its_own_settings() -> None:
+    """Nuclei that are wider and narrower than what is looked at first, steps and penalties of their own."""
+    torch.manual_seed(1)
+    logits, seeds = torch.randn(8, 3000) * torch.linspace(0.1, 5, 8)[:, None], torch.arange(8) * 2**59
+    top_p, steps = torch.linspace(0.3, 1, 8), torch.arange(8) % 3
+    together = nucleus(logits, top_p, seeds, steps)
+    alone = [nucleus(logits[i : i + 1], float(top_p[i]), seeds[i : i + 1], int(steps[i])) for i in range(8)]
+    assert together.tolist() == torch.cat(alone).tolist()
+    seen, penalties = torch.rand(8, 3000) < 0.5, torch.linspace(0.5, 2, 8)[:, None]
+    penalised = penalise_repetition(logits, seen, penalties)
+    for i in range(8):
+        torch.testing.assert_close(penalised[i], penalise_repetition(logits[i], seen[i], float(penalties[i])))
+
+
+def test_the_likeliest_tokens_as_in_transformers() -> None:
+    torch.manual_seed(2)
+    logits, ks = torch.randn(5, 100), [0, 1, 7, -1, 100]
+    kept = keep_top(logits.clone(), ks)
+    for row, k in enumerate(ks):
+        theirs = TopKLogitsWarper(k)(torch.zeros(1, 1), logits[row : row + 1]) if k > 0 else logits[row : row + 1]
+        assert torch.equal(kept[row : row + 1], theirs)

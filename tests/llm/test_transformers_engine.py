@@ -1,7 +1,5 @@
 """The engine against plain, unbatched, uncached reference computations with the same model."""
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,16 +23,6 @@ from trackrec.seeds import derive
 PROMPTS = [[1, *range(100, 100 + 7 * k), 2, 40 + k] for k in range(1, 6)]
 SEEDS = [[derive(0, k, sample) for sample in range(4)] for k in range(5)]
 NEW = 12
-
-
-@pytest.fixture(scope="module")
-def stopping_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with every eighth token ending a sequence: rows of one batch end at different steps."""
-    out = tmp_path_factory.mktemp("stopping_model")
-    shutil.copytree(tiny_model, out, dirs_exist_ok=True)
-    stops = {"eos_token_id": list(range(2, 49152, 8)), "pad_token_id": 2}
-    (out / "generation_config.json").write_text(json.dumps(stops), encoding="utf-8")
-    return out
 
 
 def engine_of(model: Path, batch_tokens: int = 16384, dtype: str = "float32") -> TransformersEngine:

@@ -1,6 +1,7 @@
 """A model repository with a generator alone, and its client."""
 
 import json
+import queue
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ parameters { key: "REPORT_CUSTOM_METRICS" value { string_value: "true" } }
 """
 
 
-def generator_repository(path: Path, model: Path, *, loras: dict[str, Path] | None = None, **arguments: Any) -> Path:
-    """`path` with `generator/`: `model`'s weights, and `arguments` beside vLLM's required ones in model.json."""
-    version = path / "generator/1"
+def generator_repository(
+    path: Path, model: Path, *, name: str = "generator", loras: dict[str, Path] | None = None, **arguments: Any
+) -> Path:
+    """`path` with a model `name`: `model`'s weights, and `arguments` beside vLLM's required ones in model.json."""
+    version = path / name / "1"
     version.mkdir(parents=True)
     (version / "weights").symlink_to(model)
-    (path / "generator/config.pbtxt").write_text(CONFIG, encoding="utf-8")
-    given = {"model": "generator/1/weights", "dtype": "float32", "gpu_memory_utilization": 0.9, **arguments}
+    (path / name / "config.pbtxt").write_text(CONFIG, encoding="utf-8")
+    given = {"model": f"{name}/1/weights", "dtype": "float32", "gpu_memory_utilization": 0.9, **arguments}
     if loras:
         given["enable_lora"] = True
         names = {name: str(adapter) for name, adapter in loras.items()}
@@ -57,9 +60,8 @@ def inputs(text: str, *, parameters: dict[str, Any] | None = None, **flags: bool
 class Stream:
     """One gRPC stream: requests go out on it, answers come back by request."""
 
-    def __init__(self, address: str) -> None:
-        import queue
-
+    def __init__(self, address: str, model: str = "generator") -> None:
+        self.model = model
         self.client = grpc.InferenceServerClient(address)
         self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self.client.start_stream(lambda result, error: self._answers.put((result, error)))
@@ -68,11 +70,19 @@ class Stream:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.client.stop_stream()
+        # What was not waited for is given up.
+        self.client.stop_stream(cancel_requests=True)
         self.client.close()
 
     def ask(self, id: str, text: str, *, parameters: dict[str, Any] | None = None, **flags: bool) -> None:
-        self.client.async_stream_infer("generator", inputs(text, parameters=parameters, **flags), request_id=id)
+        self.client.async_stream_infer(self.model, inputs(text, parameters=parameters, **flags), request_id=id)
+
+    def whole(self, text: str, *, parameters: dict[str, Any] | None = None, **flags: bool) -> Answer:
+        """The one answer to a request that does not stream, with all that can be returned."""
+        wanted = {"exclude_input_in_output": True, "return_finish_reason": True, "return_num_input_tokens": True}
+        self.ask("", text, parameters=parameters, **{**wanted, "return_num_output_tokens": True, **flags})
+        [answer] = self.answers()
+        return answer
 
     def next(self) -> tuple[str, Answer, bool]:
         """The next response: its request's id, its data, and whether it is the request's last.

@@ -88,6 +88,13 @@ def served(published: Path, tmp_path: Path) -> Iterator[Served]:
         one.ended()
 
 
+def shm_prefix(command: int) -> str:
+    """Of the server that the process `command` started."""
+    [server] = Path(f"/proc/{command}/task/{command}/children").read_text().split()
+    line = Path(f"/proc/{server}/cmdline").read_text()
+    return line.partition("shm-region-prefix-name=")[2].partition("\0")[0]
+
+
 def scraped(port: str) -> bytes:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         found: bytes = answer.read()
@@ -100,7 +107,8 @@ def test_it_says_what_it_serves_and_where_and_drains_at_the_end(served: Served, 
     grpc, http, metrics = served.ports
     assert f"version {version.read(published).version} of the run small-1" in told
     assert f"gRPC 127.0.0.1:{grpc}, HTTP 127.0.0.1:{http}" in told and "no generator: the test has none" in told
-    prefixes = {path.name for path in Path("/dev/shm").glob("trackrec-*")}
+    prefix = shm_prefix(served.process.pid)
+    assert list(Path("/dev/shm").glob(f"{prefix}*"))
     with triton.InferenceServerClient(f"127.0.0.1:{grpc}") as client:
         # Two of these are more than a batch: the second waits for the first, the third for both.
         given = triton.InferInput("text", [20, 1], "BYTES")
@@ -119,8 +127,7 @@ def test_it_says_what_it_serves_and_where_and_drains_at_the_end(served: Served, 
             assert isinstance(answer, triton.InferResult), answer
             assert answer.as_numpy("embedding").shape == (20, 384)
     assert "requests under way are answered first" in "".join(served.lines)
-    left = {path.name for path in Path("/dev/shm").glob("trackrec-*")} & prefixes
-    assert not left
+    assert not list(Path("/dev/shm").glob(f"{prefix}*"))
 
 
 def test_ctrl_c_while_it_loads_ends_it(served: Served) -> None:

@@ -75,7 +75,7 @@ def inputs(root: Path, tiny_model: Path, *, ranked: bool = True) -> dict[str, Pa
 
 def exported(repository: Path, given: dict[str, Path], **settings: object) -> Path:
     export.run(
-        ExportSettings.model_validate({"ready_s": 120, **settings}),
+        ExportSettings.model_validate({"ready_s": 300, **settings}),
         generate=GENERATE,
         encode=EncodeSettings(),
         domain="movies",

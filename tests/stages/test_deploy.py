@@ -71,3 +71,8 @@ def test_what_cannot_be_rolled_out_is_refused_before_the_cluster_is_asked(reposi
     (repository / "version.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no model repository of the stage `export`"):
         deploy.run(settings(tmp_path), repository=repository, rollout=tmp_path / "rollout", roll=roll)
+
+
+def test_a_place_that_other_pods_would_not_find_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`versions` is gs://BUCKET/PATH or a folder's whole path \(got 'versions'\)"):
+        DeploySettings(versions="versions")

@@ -72,6 +72,7 @@ def test_the_configs_are_what_both_backends_named_vllm_read(served: Path) -> Non
     assert arguments == {
         "model": "generator/1/weights",
         "dtype": "auto",
+        "hf_overrides": {"head_dtype": "float32"},
         "max_model_len": 4096,
         "gpu_memory_utilization": 0.9,
         "tensor_parallel_size": 1,

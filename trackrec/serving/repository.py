@@ -60,6 +60,8 @@ def write_generator(
     arguments: dict[str, Any] = {
         "model": "generator/1/weights",
         "dtype": settings.dtype,
+        # As the stage `generate` decodes: bfloat16 logits are too coarse to choose among close tokens.
+        "hf_overrides": {"head_dtype": "float32"},
         "max_model_len": max_model_len,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "tensor_parallel_size": settings.tensor_parallel_size,

@@ -70,8 +70,12 @@ def write_generator(settings: ExportSettings, base_model: Path, generator: Path,
 
 
 def _merge(settings: ExportSettings, base_model: Path, adapter: Path, weights: Path) -> None:
-    """In float32, whatever the result's type: in bfloat16 each matrix's update would be rounded twice."""
-    model: Any = models.load_model(base_model, adapter, dtype="float32")
+    """In float32, whatever the result's type: in bfloat16 each matrix's update would be rounded twice.
+
+    In main memory: a GPU's is the server's, which is started next.
+    """
+    adapted: Any = models.load_model(base_model, adapter, dtype="float32", trainable=True)
+    model = adapted.merge_and_unload()
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
     key = "dtype" if "dtype" in config else "torch_dtype"
     name = config.get(key) or "float32" if settings.dtype == "auto" else settings.dtype

@@ -111,12 +111,12 @@ def run(
             models[name] = repositories.write_ranker(
                 out / name, ranker=ranker, items=items, seed=settings.seed, encoder=reads
             )
-        found = version.name_of(out)
+        before = _files(out)
         answers, job.facts = _tried(settings, out, job.work / "triton.log")
-        if version.name_of(out) != found:
-            raise ValueError(f"a model wrote into its own folder while it was served ({out}); it must write elsewhere")
+        if changed := before ^ _files(out):
+            raise ValueError(f"a model changed {min(changed)[0]} while it was served; it must write elsewhere")
         what = Version(
-            version=found,
+            version=version.name_of(out),
             run=run,
             config=config,
             models={name: contract.model_dump(mode="json") for name, contract in models.items()},
@@ -152,6 +152,12 @@ def _tried(settings: ExportSettings, folder: Path, log: Path) -> tuple[dict[str,
     # Times are facts: two exports of the same models are the same bytes.
     seconds = {f"{name}_seconds": answer.pop("seconds") for name, answer in answers.items()}
     return answers, {"ready_seconds": ready, **seconds}
+
+
+def _files(folder: Path) -> set[tuple[str, int, int]]:
+    """All files, with size and time of the last change."""
+    found = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
+    return {(str(path.relative_to(folder)), about.st_size, about.st_mtime_ns) for path, about in found}
 
 
 def _measured(metrics: Path, rankers: Mapping[ModelName, Path | None]) -> dict[str, Path]:

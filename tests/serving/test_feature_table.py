@@ -1,0 +1,276 @@
+"""The feature table's arrays: built once, found by all, refused where the date is not what was committed."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import gcs
+from tests.serving.ranking import ENCODER, SEED, USERS, User, commit, earlier, vector, write_features, write_ranker
+from trackrec.features import table as features
+from trackrec.serving import feature_table
+from trackrec.serving.contract import RankerContract
+from trackrec.serving.feature_store import FeatureStore
+from trackrec.serving.scorer import Scorer
+
+FIRST, SECOND = "2026-11-01", "2026-11-02"
+MANY = [User(f"user-{k}", earlier((f"i{k % 20}", 5.0, 1)), vector(k) if k % 3 else None) for k in range(10_000)]
+
+
+@pytest.fixture(scope="module")
+def ranker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scorer, RankerContract]:
+    folder = tmp_path_factory.mktemp("ranker")
+    contract = write_ranker(folder, "deepfm", reads=True)
+    return Scorer(folder / "ranker_trackrec/1", SEED), contract
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def store(ranker: tuple[Scorer, RankerContract], tmp_path: Path, lines: list[str]) -> FeatureStore:
+    return made(ranker, str(tmp_path / "features"), tmp_path / "cache", lines)
+
+
+def made(ranker: tuple[Scorer, RankerContract], root: str, cache: Path, lines: list[str]) -> FeatureStore:
+    cache.mkdir(exist_ok=True)
+    return FeatureStore(root, *ranker, cache=cache, log=lines.append)
+
+
+def test_every_user_is_found(store: FeatureStore, ranker: tuple[Scorer, RankerContract], tmp_path: Path) -> None:
+    """Over several shards and batches of rows, each with its own history and the connector's output for its vector."""
+    write_features(tmp_path / "features", FIRST, MANY, shard_users=6000)
+    store.look()
+    table = store.table
+    assert table is not None and len(table) == len(MANY)
+    found = table.users(table.rows([user.user_id.encode() for user in MANY]))
+    scorer = ranker[0]
+    vectors = np.array([user.vector or [0.0] * ENCODER.width for user in MANY], dtype=np.float32)
+    present = np.array([user.vector is not None for user in MANY])
+    np.testing.assert_allclose(found.recot.numpy(), scorer.recots(vectors, present), rtol=1e-5, atol=1e-6)
+    # The catalogue is sorted as text, its numbers begin at 2.
+    place = {item: number for number, item in enumerate(sorted([*(f"i{k}" for k in range(20)), "new"]), start=2)}
+    assert found.history[:, 0].tolist() == [place[f"i{k % 20}"] for k in range(len(MANY))]
+    assert not found.history[:, 1:].any() and (found.history_rating[:, 0] > 1).all()
+    strangers = table.rows([b"user-10000", b"", b"user-1 ", b"\xff"])
+    assert strangers.tolist() == [0] * 4
+    nobody = scorer.no_one()
+    for part, own in zip(table.users(strangers), nobody, strict=True):
+        np.testing.assert_array_equal(part.numpy(), own.expand(4, -1).numpy())
+
+
+def test_users_of_one_hash_are_told_apart(store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_table, "hash_of", lambda user: len(user) % 3)
+    users = [User("a" * (k + 1), earlier((f"i{k}", 5.0, 1))) for k in range(12)]
+    write_features(tmp_path / "features", FIRST, users)
+    store.look()
+    assert store.table is not None
+    asked = [user.user_id.encode() for user in users]
+    assert store.table.rows([*asked, b"b", b"bb", b"bbb"]).tolist() == [*range(1, 13), 0, 0, 0]
+
+
+def test_a_date_without_users(store: FeatureStore, tmp_path: Path) -> None:
+    write_features(tmp_path / "features", FIRST, [])
+    store.look()
+    assert store.table is not None and store.table.rows([b"u0"]).tolist() == [0]
+    assert not store.table.users(np.zeros(2, dtype=np.int64)).history.any()
+
+
+def test_the_newest_committed_date_is_served(store: FeatureStore, tmp_path: Path, lines: list[str]) -> None:
+    root = tmp_path / "features"
+    store.look()
+    assert store.table is None
+    write_features(root, FIRST, USERS)
+    store.look()
+    first = store.table
+    # Half written: shards and manifest are there, the marker is not.
+    date = write_features(root, SECOND, USERS[:2])
+    marker = (date / features.SUCCESS).read_text()
+    (date / features.SUCCESS).unlink()
+    store.look()
+    assert store.table is first
+    (date / features.SUCCESS).write_text(marker)
+    store.look()
+    assert store.table is not first and store.table is not None and len(store.table) == 2
+    # The one before is still whole for those who took it.
+    assert first is not None and first.rows([b"u2"]).tolist() != [0]
+    # Committed again with other users.
+    write_features(root, SECOND, USERS[:3])
+    store.look()
+    assert len(store.table) == 3
+    assert [line.split(": ")[-1] for line in lines] == ["6 users", "2 users", "3 users"]
+
+
+def truncated(date: Path) -> None:
+    path = date / features.shard_path(1)
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def missing(date: Path) -> None:
+    (date / features.shard_path(0)).unlink()
+
+
+def scrambled(date: Path) -> None:
+    """As many bytes, but no Parquet."""
+    path = date / features.shard_path(0)
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def manifest_changed(date: Path) -> None:
+    path = date / features.MANIFEST
+    path.write_text(path.read_text().replace('"rows":6', '"rows":7'))
+
+
+def no_manifest(date: Path) -> None:
+    commit(date, "{}")
+
+
+def fewer_rows(date: Path) -> None:
+    manifest = json.loads((date / features.MANIFEST).read_text())
+    manifest["rows"] += 1
+    manifest["shards"][0]["rows"] += 1
+    commit(date, json.dumps(manifest))
+
+
+def of_another_encoder(date: Path) -> None:
+    shutil.rmtree(date)
+    write_features(date.parent, SECOND, USERS, encoder=ENCODER.model_copy(update={"model_version": "encoder-2"}))
+
+
+def twice(date: Path) -> None:
+    """The first shard's users in the second as well."""
+    first, second = (date / features.shard_path(k) for k in (0, 1))
+    shutil.copyfile(first, second)
+    manifest = json.loads((date / features.MANIFEST).read_text())
+    manifest["shards"][1] |= {"rows": manifest["shards"][0]["rows"], "bytes": second.stat().st_size}
+    manifest["rows"] = 2 * manifest["shards"][0]["rows"]
+    commit(date, json.dumps(manifest))
+
+
+def not_finite(date: Path) -> None:
+    shutil.rmtree(date)
+    write_features(date.parent, SECOND, [*USERS[:-1], replace(USERS[-1], vector=[float("inf")] * ENCODER.width)])
+
+
+BROKEN: dict[Callable[[Path], None], str] = {
+    truncated: "bytes, _manifest.json says",
+    missing: "has no bytes",
+    scrambled: "cannot be read",
+    manifest_changed: "is not what _SUCCESS was written for",
+    no_manifest: "Field required",
+    fewer_rows: "has 4 rows, not 5",
+    of_another_encoder: "of encoder encoder-2",
+    twice: "not in their order",
+    not_finite: "not finite",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_date_that_is_not_right_is_refused(
+    broken: Callable[[Path], None], store: FeatureStore, tmp_path: Path, lines: list[str]
+) -> None:
+    """The one before stays, the log says why and only once; committed again, it is taken."""
+    write_features(tmp_path / "features", FIRST, USERS)
+    store.look()
+    first = store.table
+    broken(write_features(tmp_path / "features", SECOND, USERS))
+    for _ in range(2):
+        store.look()
+        assert store.table is first
+    [line] = lines[1:]
+    assert BROKEN[broken] in line and f"those of {FIRST} are served" in line
+    assert [path.name[:13] for path in (tmp_path / "cache").iterdir()] == [f"dt={FIRST}"]
+    shutil.rmtree(tmp_path / "features" / f"dt={SECOND}")
+    write_features(tmp_path / "features", SECOND, USERS[:5])
+    store.look()
+    assert store.table is not None and store.table.dt == SECOND
+
+
+def test_at_the_start_a_broken_date_leaves_the_one_before(store: FeatureStore, tmp_path: Path) -> None:
+    write_features(tmp_path / "features", FIRST, USERS)
+    truncated(write_features(tmp_path / "features", SECOND, USERS))
+    store.look()
+    assert store.table is not None and store.table.dt == FIRST
+
+
+def test_a_place_that_cannot_be_reached_is_tried_again(
+    ranker: tuple[Scorer, RankerContract], tmp_path: Path, lines: list[str]
+) -> None:
+    root = tmp_path / "features"
+    write_features(root, FIRST, USERS)
+    with gcs.server():
+        from google.cloud.storage import Client
+
+        store = made(ranker, "gs://shop/features", tmp_path / "cache", lines)
+        for _ in range(2):
+            store.look()
+        assert store.table is None
+        [line] = lines
+        assert "gs://shop/features cannot be read" in line
+        bucket = Client(project="none").create_bucket("shop")
+        for path in root.rglob("*"):
+            if path.is_file():
+                bucket.blob(f"features/{path.relative_to(root)}").upload_from_filename(str(path))
+        store.look()
+        assert store.table is not None and store.table.rows([b"u0"]).tolist() == [1]
+
+
+def _open(
+    root: str, folder: Path, contract: RankerContract, cache: Path, answers: "multiprocessing.Queue[int]"
+) -> None:
+    store = FeatureStore(root, Scorer(folder, SEED), contract, cache=cache, log=lambda line: None)
+    store.look()
+    assert store.table is not None
+    answers.put(store.table.folder.stat().st_ino)
+
+
+def test_processes_share_one_table(tmp_path: Path) -> None:
+    """Four start at once; one builds, and all map the same files."""
+    contract = write_ranker(tmp_path, "deepfm", reads=True)
+    write_features(tmp_path / "features", FIRST, MANY, shard_users=6000)
+    (tmp_path / "cache").mkdir()
+    spawn = multiprocessing.get_context("spawn")
+    answers: multiprocessing.Queue[int] = spawn.Queue()
+    given = (str(tmp_path / "features"), tmp_path / "ranker_trackrec/1", contract, tmp_path / "cache", answers)
+    processes = [spawn.Process(target=_open, args=given) for _ in range(4)]
+    for process in processes:
+        process.start()
+    folders = {answers.get(timeout=120) for _ in processes}
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(folders) == 1 and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_folders_that_nobody_uses_go(store: FeatureStore, tmp_path: Path) -> None:
+    """Those of this process never, those of others once nobody has touched them for an hour."""
+    write_features(tmp_path / "features", FIRST, USERS)
+    store.look()
+    old, young = (tmp_path / "cache" / f"dt=2020-01-0{k}-x" for k in (1, 2))
+    for folder, age in ((old, 7200), (young, 60), (store.table.folder, 7200)):
+        folder.mkdir(exist_ok=True)
+        os.utime(folder, (time.time() - age,) * 2)
+    store.look()
+    assert store.table.folder.is_dir() and young.is_dir() and not old.exists()
+
+
+def test_a_killed_build_leaves_nothing_that_is_taken(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_features(tmp_path / "features", FIRST, USERS)
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_table.np, "argsort", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.look()
+    assert store.table is None and not list((tmp_path / "cache").iterdir())
+    store.look()
+    assert store.table is not None

@@ -1,0 +1,132 @@
+"""The newest committed date of the feature table, for a ranker that goes on answering while the next one is read."""
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from trackrec.features.partition import Place, read_manifest
+from trackrec.features.table import SUCCESS, date_folder, date_of
+from trackrec.serving import feature_table
+from trackrec.serving.contract import RankerContract
+from trackrec.serving.feature_table import FeatureTable
+from trackrec.serving.scorer import Scorer
+
+# Where the feature table is, a folder or gs://…; where its arrays are kept; how often a new date is looked for.
+ROOT_ENV, CACHE_ENV, SECONDS_ENV = "TRACKREC_FEATURES", "TRACKREC_FEATURES_CACHE", "TRACKREC_FEATURES_SECONDS"
+_SECONDS = 30.0
+# A thread of this niceness builds in the time that requests leave.
+_NICE = 10
+
+
+class FeatureStore:
+    """`table` is the date to read from, None as long as there is none; a request takes it once and keeps it.
+
+    Args:
+        root: the feature table's place.
+        cache: shared by all processes that read it.
+        log: takes a line: which date is served, which is refused and why.
+    """
+
+    def __init__(
+        self, root: str, scorer: Scorer, contract: RankerContract, *, cache: Path, log: Callable[[str], None]
+    ) -> None:
+        self.table: FeatureTable | None = None
+        self._root, self._scorer, self._contract = Place(root), scorer, contract
+        self._cache, self._log = cache, log
+        self._served: tuple[str, str] | None = None
+        self._refused: set[tuple[str, str]] = set()
+        self._failed = ""
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def look(self) -> None:
+        """Takes the newest committed date that can be served; the one before is read from until that moment.
+
+        What is wrong with a date is logged once: it is tried again when it is committed again. A place that cannot be
+        reached is tried again at the next look.
+        """
+        try:
+            self._look()
+            self._failed = ""
+        except OSError as error:
+            if str(error) != self._failed:
+                self._failed = str(error)
+                self._log(f"the feature table {self._root} cannot be read: {error}; {self._instead()}")
+
+    def follow(self, seconds: float, after: Callable[[], None] = lambda: None) -> None:
+        """Looks every `seconds` from now on, in a thread, until `close`; `after` is called there after each look."""
+
+        def work() -> None:
+            with contextlib.suppress(OSError, AttributeError):  # of this thread alone, on Linux
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            while not self._ended.wait(seconds):
+                self.look()
+                after()
+
+        self._thread = threading.Thread(target=work, name="features", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _look(self) -> None:
+        if self.table is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self.table.folder)
+        dates = (date_of(name) for name in self._root.folders())
+        for dt in sorted((dt for dt in dates if dt), reverse=True):
+            date = self._root / date_folder(dt)
+            marker = date.read(SUCCESS)
+            if marker is None:  # still being written
+                continue
+            commit = (dt, marker.decode(errors="replace").strip())
+            if commit == self._served:
+                break
+            if commit in self._refused:
+                continue
+            try:
+                manifest = read_manifest(self._root, dt)
+                if manifest is None or manifest.identity.dt != dt:
+                    raise ValueError(f"its manifest is of another date: {manifest and manifest.identity.dt}")
+                table = feature_table.open_or_build(
+                    date,
+                    manifest,
+                    self._scorer,
+                    version=self._contract.model_version,
+                    encoder_version=self._contract.encoder_version if self._contract.uses_recot else None,
+                    cache=self._cache,
+                )
+            except ValueError as error:
+                self._refused.add(commit)
+                self._log(f"the features of {date} are refused: {error}; {self._instead()}")
+                continue
+            self.table, self._served = table, commit
+            self._log(f"serves the features of {date}: {len(table)} users")
+            break
+        feature_table.remove_unused(self._cache)
+
+    def _instead(self) -> str:
+        return f"those of {self.table.dt} are served" if self.table else "no user has features"
+
+
+def of_environment(scorer: Scorer, contract: RankerContract, log: Callable[[str], None]) -> FeatureStore | None:
+    """The store that the environment names, after its first look; None where it names none."""
+    root = os.environ.get(ROOT_ENV)
+    if not root:
+        log(f"{ROOT_ENV} names no feature table: no user has a history or a RecCoT")
+        return None
+    cache = Path(os.environ.get(CACHE_ENV) or Path(tempfile.gettempdir()) / "trackrec-features")
+    cache.mkdir(parents=True, exist_ok=True)
+    store = FeatureStore(root, scorer, contract, cache=cache, log=log)
+    store.look()
+    return store
+
+
+def seconds() -> float:
+    """How often a new date is looked for."""
+    return float(os.environ.get(SECONDS_ENV) or _SECONDS)
