@@ -6,6 +6,7 @@ that failed there is sent again on a stream of its own, which gives the status c
 
 import asyncio
 import itertools
+import re
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Self, TypeVar
 
@@ -37,6 +38,9 @@ _SERVER = (
     grpc.StatusCode.NOT_FOUND,
 )
 
+# The server's words of a python model whose process is gone, and the model's name in them.
+_DEAD = re.compile(r"Stub process '(\w+?)_\d+_\d+' is not healthy")
+
 T = TypeVar("T")
 
 
@@ -46,6 +50,14 @@ class RequestError(Exception):
 
 class TroubleError(Exception):
     """A failure that may pass: UNAVAILABLE, INTERNAL, a stream that broke."""
+
+
+class DeadModelError(TroubleError):
+    """The model's process has ended; the server says so to one request a second, and never starts it again."""
+
+    def __init__(self, message: str, model: str) -> None:
+        super().__init__(message)
+        self.model = model
 
 
 class Triton:
@@ -92,8 +104,9 @@ class Triton:
             try:
                 return wire.read_generated(await self._stream().ask(request))
             except _StreamedError as error:
-                if is_too_long(str(error)):
-                    raise RequestError(str(error)) from error
+                known = _known(str(error))
+                if known:
+                    raise known from error
         return wire.read_generated(await self._awaited(self._ask_alone(request)))
 
     async def encode(self, texts: list[str], width: int) -> npt.NDArray[np.float32]:
@@ -117,14 +130,18 @@ class Triton:
         ]
         return GeneratorContract.of(configs[0]), EncoderContract.of(configs[1])
 
-    async def load(self, model: str, seconds: float) -> None:
+    async def reload(self, model: str, seconds: float) -> None:
         """Loads a model anew, where the server's control mode is explicit.
 
         Raises:
             RequestError, TroubleError: it is not, or the model does not load.
         """
-        request = service_pb2.RepositoryModelLoadRequest(model_name=model)
-        await self._unary("RepositoryModelLoad", request, timeout=seconds)
+        # Of a model whose files have not changed, a load alone does nothing.
+        unload = service_pb2.RepositoryModelUnloadRequest(model_name=model)
+        await self._unary("RepositoryModelUnload", unload, timeout=seconds)
+        await self._unary(
+            "RepositoryModelLoad", service_pb2.RepositoryModelLoadRequest(model_name=model), timeout=seconds
+        )
 
     async def served(self, model: str) -> int:
         """How many requests the model has answered since it was loaded."""
@@ -161,7 +178,7 @@ class Triton:
             await call.done_writing()
             async for response in call:
                 if response.error_message:
-                    raise TroubleError(response.error_message)
+                    raise _known(response.error_message) or TroubleError(response.error_message)
                 responses.append(response.infer_response)
                 if wire.is_last(response.infer_response):
                     break
@@ -261,8 +278,18 @@ def is_too_long(message: str) -> bool:
     return any(words in lowered for words in ("maximum model length", "maximum context length", "prompt is too long"))
 
 
+def _known(message: str) -> Exception | None:
+    """What the words alone tell."""
+    if is_too_long(message):
+        return RequestError(message)
+    dead = _DEAD.search(message)
+    return DeadModelError(message, dead[1]) if dead else None
+
+
 def _explained(error: grpc.aio.AioRpcError) -> Exception:
     text = f"{error.code().name}: {error.details()}"
-    if is_too_long(text) or error.code() not in (*_SERVER, grpc.StatusCode.DEADLINE_EXCEEDED):
+    if known := _known(text):
+        return known
+    if error.code() not in (*_SERVER, grpc.StatusCode.DEADLINE_EXCEEDED):
         return RequestError(text)
     return TroubleError(text)

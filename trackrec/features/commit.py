@@ -123,7 +123,7 @@ def _manifest(settings: FeaturesSettings, place: Place, identity: Identity, fact
                 path=path, rows=rows.num_rows, bytes=sizes[path], first_user=ids[0].as_py(), last_user=ids[-1].as_py()
             )
         )
-    worked = _union([span for each in facts for span in each.spans])
+    worked = round(_union([span for each in facts for span in each.spans]), 3)
     cost = None if settings.usd_per_hour is None else settings.usd_per_hour * worked / 3600 / identity.num_users * 1000
     return Manifest(
         identity=identity,
@@ -133,7 +133,7 @@ def _manifest(settings: FeaturesSettings, place: Place, identity: Identity, fact
         copied=copied,
         generated=sum(each.generated for each in facts),
         **{name: _quantiles(np.concatenate(found)) for name, found in lengths.items()},
-        generator_seconds=round(worked, 3),
+        generator_seconds=worked,
         usd_per_hour=settings.usd_per_hour,
         usd_per_1000_users=cost,
         settings=settings.model_dump(mode="json", exclude=_NOT_KEPT),

@@ -11,23 +11,25 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from trackrec.features import wire
-from trackrec.features.client import RequestError, Triton, TroubleError
+from trackrec.features.client import DeadModelError, RequestError, Triton, TroubleError
 from trackrec.serving.contract import EncoderContract, GeneratorContract
 
 log = logging.getLogger(__name__)
 
 # Without an answer for so long, the server is asked whether it is well.
 _SILENCE_SECONDS = 5.0
-_PROBE_SECONDS = 20.0
+_PROBE_SECONDS, _SHORT_PROBE_SECONDS = 20.0, 3.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 10.0
 # A request that was with the server in so many losses goes out alone from then on: maybe it is what kills it.
 _SUSPECT = 2
 _HELLO = "Hello"
+# gRPC's words of a server that is not there; of one that is, UNAVAILABLE is said of a model.
+_UNREACHABLE = "failed to connect"
 
 T = TypeVar("T")
 
@@ -38,6 +40,15 @@ class ServerLostError(RuntimeError):
 
 class FailedError(Exception):
     """One request that cannot be answered, by a server that is well."""
+
+
+class _Trouble(NamedTuple):
+    model: str
+    why: str
+    # It may only be busy.
+    slow: bool = False
+    # To load it anew may help.
+    reload: bool = False
 
 
 class Caller:
@@ -81,27 +92,24 @@ class Caller:
             FailedError: the server refuses it, or it fails again and again, or takes too long.
             ServerLostError: see there.
         """
-        losses = 0
         try:
             async with asyncio.timeout(self._deadline_s) as limit:
+                # Nearly every call is answered at once.
+                try:
+                    return await self._through_losses(attempt, False, limit)
+                except TroubleError:
+                    if not self._retries:
+                        raise
                 async for again in AsyncRetrying(
                     retry=retry_if_exception_type(TroubleError),
-                    stop=stop_after_attempt(self._retries + 1),
-                    wait=wait_exponential_jitter(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS),
+                    stop=stop_after_attempt(self._retries),
+                    wait=wait_exponential_jitter(2 * _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS),
                     reraise=True,
                 ):
+                    if again.retry_state.attempt_number == 1:
+                        await asyncio.sleep(random.uniform(0, 2 * _FIRST_PAUSE_SECONDS))
                     with again:
-                        while True:
-                            await self._until_well(limit)
-                            careful = losses > 0 or again.retry_state.attempt_number > 1
-                            try:
-                                return await self._once(attempt, careful, losses)
-                            except TroubleError:
-                                if await self._is_well(limit):
-                                    raise
-                                losses += 1
-                                if losses > self._retries:
-                                    raise FailedError(f"the server was lost with it {losses} times") from None
+                        return await self._through_losses(attempt, True, limit)
         except (TroubleError, RequestError, wire.AnswerError) as error:
             raise FailedError(str(error)) from error
         except TimeoutError as error:
@@ -114,11 +122,24 @@ class Caller:
             raise FailedError(f"no answer within {self._deadline_s:g} s") from error
         raise AssertionError("tenacity returns or raises")
 
-    async def _once(self, attempt: Callable[[bool], Awaitable[T]], careful: bool, losses: int) -> T:
-        if losses >= _SUSPECT:
-            async with self._alone:
-                return await self._counted(attempt, careful)
-        return await self._counted(attempt, careful)
+    async def _through_losses(
+        self, attempt: Callable[[bool], Awaitable[T]], careful: bool, limit: asyncio.Timeout
+    ) -> T:
+        """An answer, or a failure while the server is well; whenever the server was lost, it is asked again."""
+        for losses in range(self._retries + 1):
+            suspect = losses >= _SUSPECT
+            if suspect:
+                await self._uncounted(self._alone.acquire(), limit)
+            try:
+                await self._until_well(limit)
+                return await self._counted(attempt, careful or losses > 0)
+            except TroubleError as error:
+                if await self._is_well(limit, error):
+                    raise
+            finally:
+                if suspect:
+                    self._alone.release()
+        raise FailedError(f"the server was lost with it {self._retries + 1} times")
 
     async def _counted(self, attempt: Callable[[bool], Awaitable[T]], careful: bool) -> T:
         if not self._under_way:
@@ -138,12 +159,12 @@ class Caller:
         if self._given_up:
             raise self._given_up
 
-    async def _is_well(self, limit: asyncio.Timeout) -> bool:
+    async def _is_well(self, limit: asyncio.Timeout, error: TroubleError) -> bool:
         """Whether the server has been well all along; returns when it is well (again)."""
         if self._given_up:
             raise self._given_up
         if self._check is None or self._check.done():
-            self._check = asyncio.create_task(self._ask())
+            self._check = asyncio.create_task(self._ask(error))
         return await self._uncounted(asyncio.shield(self._check), limit)
 
     async def _uncounted(self, waiting: Awaitable[T], limit: asyncio.Timeout) -> T:
@@ -166,18 +187,20 @@ class Caller:
                 # Who waits for an answer hears of what comes out.
                 self._check.add_done_callback(lambda check: check.cancelled() or check.exception())
 
-    async def _ask(self) -> bool:
-        trouble = await self._trouble()
+    async def _ask(self, error: TroubleError | None = None) -> bool:
+        # Behind requests to a model that is dead the probe would wait long to hear of it.
+        dead = _Trouble(error.model, str(error), reload=True) if isinstance(error, DeadModelError) else None
+        trouble = dead or await self._trouble(_PROBE_SECONDS)
         self._last_sign = time.monotonic()
-        if trouble is None:
+        if trouble is None or trouble.slow:
             return True
         self._well.clear()
-        log.warning("Triton at %s is lost (%s); waiting for it", self.triton.address, trouble[1])
+        log.warning("Triton at %s is lost (%s: %s); waiting for it", self.triton.address, trouble.model, trouble.why)
         try:
             self.triton.abort()
             await self._come_back(trouble)
-        except ServerLostError as error:
-            self._given_up = error
+        except ServerLostError as lost:
+            self._given_up = lost
         finally:
             self._well.set()
         if self._given_up:
@@ -185,50 +208,56 @@ class Caller:
         log.warning("Triton at %s is back", self.triton.address)
         return False
 
-    async def _trouble(self) -> tuple[str, str] | None:
-        """The model that does not answer, and why; a slow answer is none."""
+    async def _trouble(self, seconds: float) -> "_Trouble | None":
+        """What is wrong with a model that does not answer."""
         model = wire.GENERATOR
         try:
-            async with asyncio.timeout(_PROBE_SECONDS):
+            async with asyncio.timeout(seconds):
                 sampling = '{"max_tokens": 1, "temperature": 0.0}'
                 hello = self.generator.opening + _HELLO + self.generator.closing
                 await self.triton.generate(hello, sampling, alone=True)
-                self._last_answer = time.monotonic()
                 # Loaded anew by another client: what the model before had taken is never answered.
                 served, before = await self.triton.served(model), self._served
                 self._served = served
                 if served < before:
-                    return model, "the model was loaded anew"
+                    return _Trouble(model, "the model was loaded anew")
                 model = wire.ENCODER
                 await self.triton.encode([_HELLO], self.encoder.width)
         except TroubleError as error:
-            return model, str(error)
-        except (TimeoutError, RequestError):
-            return None
+            why = str(error)
+            return _Trouble(model, why, reload=_UNREACHABLE not in why)
+        except TimeoutError:
+            return _Trouble(model, f"no answer within {seconds:g} s", slow=True)
+        except RequestError as error:
+            # "Unknown model": it is being loaded anew, or someone has unloaded it.
+            return _Trouble(model, str(error), reload=True)
+        self._last_answer = time.monotonic()
         return None
 
-    async def _come_back(self, trouble: tuple[str, str]) -> None:
+    async def _come_back(self, trouble: "_Trouble") -> None:
         until = time.monotonic() + self._deadline_s
-        pause, last = _FIRST_PAUSE_SECONDS, trouble
-        while time.monotonic() < until:
-            # Jitter: other pods of the job wait for the same server.
+        pause = _FIRST_PAUSE_SECONDS
+        while (left := until - time.monotonic()) > 0:
+            # Jitter: other pods of the job wait for the same server, and one of them is enough to load a model.
             await asyncio.sleep(random.uniform(pause / 2, pause))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-            found = await self._trouble()
+            found = await self._trouble(min(_SHORT_PROBE_SECONDS if trouble.reload else _PROBE_SECONDS, left))
             if found is None:
                 await self._compare_contracts()
-                self._last_answer = time.monotonic()
                 return
-            last = found
-            if "INTERNAL" in found[1] or "NOT_FOUND" in found[1]:
+            if not found.slow:
+                trouble = found
+            if trouble.reload:
                 try:
-                    await self.triton.load(found[0], max(until - time.monotonic(), 1.0))
-                    self._served = 0
+                    await self.triton.reload(trouble.model, max(until - time.monotonic(), 1.0))
                 except (TroubleError, RequestError) as error:
-                    log.info("loading %s again: %s", found[0], error)
+                    log.info("loading %s again: %s", trouble.model, error)
+                self._served = 0
+                trouble = trouble._replace(reload=False)
         raise ServerLostError(
-            f"Triton at {self.triton.address} has been lost for {self._deadline_s:g} s ({last[0]}: {last[1]}). See "
-            "that it serves, then run the same command again: it goes on with the users that are not done"
+            f"Triton at {self.triton.address} has been lost for {self._deadline_s:g} s "
+            f"({trouble.model}: {trouble.why}); see that it serves, then run the same "
+            "command again: it goes on with the users that are not done"
         )
 
     async def _first_contracts(self) -> tuple[GeneratorContract, EncoderContract]:

@@ -2,10 +2,9 @@
 
 import asyncio
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from trackrec.features.table import Status
 from trackrec.journal import Journal
@@ -14,8 +13,7 @@ from trackrec.journal import Journal
 _TOGETHER_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What came of a prompt; without a text where the generator refuses it."""
 
     status: Status
@@ -44,8 +42,8 @@ class ShardLog:
                 self._spans.append((record["started"], record["started"]))
                 continue
             self._spans[-1] = (self._spans[-1][0], record["at"])
-            self.results |= {key: Result(**result) for key, result in record["results"].items()}
-        self._waiting: dict[str, dict[str, Any]] = {}
+            self.results |= {key: Result(*result) for key, result in record["results"].items()}
+        self._waiting: dict[str, Result] = {}
         self._some = asyncio.Event()
         self._started: float | None = None
 
@@ -55,7 +53,7 @@ class ShardLog:
         return [*self._spans, *([(self._started, time.time())] if self._started is not None else [])]
 
     def add(self, key: str, result: Result) -> None:
-        self._waiting[key] = asdict(result)
+        self._waiting[key] = result
         self._some.set()
 
     async def start(self) -> None:

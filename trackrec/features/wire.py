@@ -4,6 +4,7 @@ They are built and read here, not by tritonclient's classes: those cost as much 
 lose the id of a request that failed.
 """
 
+import functools
 import json
 import struct
 from dataclasses import dataclass
@@ -51,14 +52,21 @@ def sampling_parameters(contract: GeneratorContract) -> str:
 
 def generate_request(text: str, sampling: str) -> service_pb2.ModelInferRequest:
     """One prompt; its answer is one text."""
+    request = service_pb2.ModelInferRequest()
+    request.CopyFrom(_generate_template(sampling))
+    request.raw_input_contents[-1] = _bytes(text)
+    return request
+
+
+@functools.cache
+def _generate_template(sampling: str) -> service_pb2.ModelInferRequest:
     request = service_pb2.ModelInferRequest(model_name=GENERATOR)
     # An answer in no pieces may still come with an end of its own, which tells that there is no more.
     request.parameters[_EMPTY_FINAL].bool_param = True
-    _add(request, "text_input", "BYTES", [1], _bytes(text))
-    _add(request, "stream", "BOOL", [1], b"\0")
     for name in _FLAGS:
         _add(request, name, "BOOL", [1], b"\1")
     _add(request, "sampling_parameters", "BYTES", [1], _bytes(sampling))
+    _add(request, "text_input", "BYTES", [1], b"")
     return request
 
 
