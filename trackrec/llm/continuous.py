@@ -295,7 +295,11 @@ class ContinuousEngine:
         if penalised:
             seen = torch.stack([rows[i].seen for i in penalised])  # type: ignore[misc]
             penalties = self._tensor([[rows[i].sampling.repetition_penalty] for i in penalised]).float()
-            logits[penalised] = penalise_repetition(logits[penalised], seen, penalties)
+            if len(penalised) == len(rows):
+                # The usual case, without copies of the rows.
+                logits = penalise_repetition(logits, seen, penalties)
+            else:
+                logits[penalised] = penalise_repetition(logits[penalised], seen, penalties)
         for i, row in enumerate(rows):
             if len(row.tokens) < row.sampling.min_tokens and not row.sampling.ignore_eos:
                 logits[i, list(self._stops)] = float("-inf")
