@@ -36,6 +36,12 @@ class DeploySettings(Settings):
     # Without progress for so long (a pod more that is ready) the old version is put back.
     timeout_s: Rate = 1800
 
+    @model_validator(mode="after")
+    def _pods_find_the_versions(self) -> Self:
+        if self.versions is not None and not self.versions.startswith(("gs://", "/")):
+            raise ValueError(f"`versions` is gs://BUCKET/PATH or a folder's whole path (got {self.versions!r})")
+        return self
+
 
 class ActiveUsersSettings(Settings):
     """Who gets a RecCoT: the users of the newest `active_days` days before the job's date."""
