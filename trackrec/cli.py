@@ -15,6 +15,7 @@ from trackrec.abtest.command import abtest
 from trackrec.config import IngestSettings
 from trackrec.config_file import explain, parse
 from trackrec.data_config import DataSettings
+from trackrec.serving_config import FeaturesSettings
 
 # Columns below which the drawn table would wrap its figures.
 _PLAN_WIDTH = 170
@@ -130,6 +131,34 @@ def get(
     except (OSError, ValueError) as error:
         raise _failure(str(error)) from error
     typer.echo(directory)
+
+
+@app.command()
+def features(
+    users: Annotated[
+        str, typer.Option(help="The users' table: active_users' output, or Parquet like it; a path or gs://.")
+    ],
+    triton: Annotated[str, typer.Option(metavar="HOST:PORT", help="The gRPC endpoint that serves the generator.")],
+    out: Annotated[str, typer.Option(help="Where the feature table lies: gs://BUCKET/PATH, or a folder.")],
+    dt: Annotated[
+        str | None, typer.Option(metavar="YYYY-MM-DD", help="The date to write; today (UTC) if left out.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting of `features`, e.g. shard_users. Repeatable."),
+    ] = None,
+) -> None:
+    """Write active users' RecCoTs and vectors as one date of the feature table; killed, run it again and it goes on."""
+    # The client of Triton is in few images.
+    from trackrec.features import command
+
+    try:
+        overrides = dict(config_file.parse_override(pair) for pair in set_ or [])
+        typer.echo(command.run(fetching.here(users), {**overrides, "triton": triton, "out": out}, dt))
+    except ValidationError as error:
+        raise _failure(explain(error, FeaturesSettings)) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _failure(str(error)) from error
 
 
 @app.command()

@@ -31,5 +31,7 @@ def neutralise_recot(recot: str) -> str:
 
 
 def _safe(text: str) -> str:
+    if text.isascii() and text.isprintable():  # as most titles are; the rest of this drops nothing of such a text
+        return _TAG_OPENING.sub("‹", text)
     kept = (c for c in text.replace("\t", " ") if c == "\n" or c in _JOINERS or unicodedata.category(c)[0] != "C")
     return _TAG_OPENING.sub("‹", _INVISIBLE_MARKS.sub("", "".join(kept)))

@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.features import made
+from tests.features.conftest import Fake, run
+from trackrec.features import job, partition, table
+from trackrec.features.commit import CommitError, _union, commit
+from trackrec.features.partition import Place
+from trackrec.storage import CorruptError
+
+DT = "2026-11-28"
+
+
+@pytest.fixture
+def written(fake: Fake, tmp_path: Path) -> Path:
+    """A date of three shards, not committed."""
+    path = made.write(tmp_path / "users.parquet", [made.user(number) for number in range(110)])
+    job.run_shards(fake.settings(), path, str(tmp_path / "out"), DT)
+    return tmp_path / "out"
+
+
+def change(path: Path, rows: pa.Table) -> None:
+    pq.write_table(rows.replace_schema_metadata(pq.read_schema(path).metadata), path)
+
+
+def test_shards_with_missing_or_mixed_up_rows_are_refused(fake: Fake, written: Path) -> None:
+    path = written / f"dt={DT}" / table.shard_path(1)
+    good = pq.ParquetFile(path).read()
+    for wrong, message in (
+        (good.slice(1), "has 49 rows, 50 are expected"),
+        (good.take([1, 0, *range(2, 50)]), "do not ascend"),
+        (good.take([0, 0, *range(2, 50)]), "do not ascend"),
+        (pq.ParquetFile(written / f"dt={DT}" / table.shard_path(0)).read(), "do not ascend"),
+    ):
+        change(path, wrong)
+        with pytest.raises(CommitError, match=message):
+            commit(fake.settings(), str(written), DT)
+    assert not (written / f"dt={DT}/_SUCCESS").exists()
+    change(path, good)
+    commit(fake.settings(), str(written), DT)
+
+
+def test_shards_of_two_jobs_are_not_committed_together(fake: Fake, written: Path, tmp_path: Path) -> None:
+    other = made.write(tmp_path / "other.parquet", [made.user(number) for number in range(5, 115)])
+    (written / f"dt={DT}" / table.shard_path(0)).unlink()
+    job.run_shards(fake.settings(), other, str(tmp_path / "second"), DT)
+    source = tmp_path / "second" / f"dt={DT}" / table.shard_path(0)
+    source.replace(written / f"dt={DT}" / table.shard_path(0))
+    with pytest.raises(CommitError, match="is of other users, models or settings"):
+        commit(fake.settings(), str(written), DT)
+
+
+def test_what_an_earlier_job_left_is_replaced_or_deleted(fake: Fake, written: Path, tmp_path: Path) -> None:
+    fewer = made.write(tmp_path / "fewer.parquet", [made.user(number) for number in range(60)])
+    run(fake.settings(), fewer, written, DT)
+    manifest = partition.read_manifest(Place(str(written)), DT)
+    assert [shard.rows for shard in manifest.shards] == [50, 10]
+    assert sorted(Place(str(written)).files()) == [
+        f"dt={DT}/{name}" for name in ("_SUCCESS", "_manifest.json", table.shard_path(0), table.shard_path(1))
+    ]
+
+
+def test_a_manifest_that_was_changed_is_no_committed_date(fake: Fake, written: Path) -> None:
+    commit(fake.settings(), str(written), DT)
+    path = written / f"dt={DT}/_manifest.json"
+    path.write_text(path.read_text().replace('"copied": 0', '"copied": 1'))
+    with pytest.raises(CorruptError, match="commit the date again"):
+        partition.read_manifest(Place(str(written)), DT)
+
+
+def test_only_dates_are_committed_and_only_committed_ones_are_newest(fake: Fake, written: Path) -> None:
+    out = Place(str(written))
+    assert partition.newest(out) is None
+    commit(fake.settings(), str(written), DT)
+    (written / "dt=2026-12-01").mkdir()
+    (written / "notes").mkdir()
+    assert partition.newest(out) == DT
+    assert partition.newest(out, before=DT) is None
+    for wrong in ("2026-13-01", "20261128", "../x"):
+        with pytest.raises(ValueError):
+            job.run_shards(fake.settings(), written, str(written), wrong)
+
+
+def test_the_time_of_spans_that_overlap_counts_once() -> None:
+    assert _union([(0, 10), (2, 5), (8, 12), (20, 21)]) == 13
+    assert _union([]) == 0

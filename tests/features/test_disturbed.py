@@ -1,0 +1,159 @@
+"""kill -9 of the server, of its model's process and of the job, in the middle: the rows are those of a quiet run."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.features import made
+from tests.features.conftest import WIDTH, Fake, rows, run
+from tests.serving import fakes
+from trackrec.features import job, recovery
+from trackrec.features.commit import commit
+from trackrec.features.recovery import ServerLostError
+from trackrec.serving import server
+
+DT = "2026-11-28"
+USERS = 200
+# Requests under way at once.
+CONCURRENCY = 16
+# Of what had been answered before a kill, that may not have been on the disk yet.
+UNWRITTEN = 32
+
+
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """A server of this test's own that takes 50 ms for a RecCoT."""
+    folder = tmp_path / "slow"
+    folder.mkdir()
+    repository = fakes.repository(folder / "repository", width=WIDTH, log=folder / "asked", delay_ms=50)
+    # Found out sooner than by default, for the test's sake.
+    monkeypatch.setattr(recovery, "_SILENCE_SECONDS", 1.0)
+    found = Fake(server.start(repository, folder / "log"), repository, folder / "asked")
+    try:
+        found.server.wait_ready(60)
+        yield found
+    finally:
+        found.server.kill()
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Path:
+    return made.write(tmp_path / "users.parquet", [made.user(number) for number in range(USERS)])
+
+
+def when_asked(fake: Fake, prompts: int, do: Callable[[], None]) -> threading.Thread:
+    """Does something once so many prompts have come to the generator."""
+
+    def wait() -> None:
+        while not fake.log.exists() or len(fake.log.read_bytes()) < 65 * prompts:
+            time.sleep(0.01)
+        do()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def restart(fake: Fake) -> None:
+    ports = [int(address.rpartition(":")[2]) for address in (fake.server.grpc, fake.server.http, fake.server.metrics)]
+    fake.server = server.start(fake.repository, fake.server.log, ports=(ports[0], ports[1], ports[2]))
+
+
+def kill_model(fake: Fake, model: str) -> None:
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = process.read_bytes()
+        except OSError:  # it has ended
+            continue
+        marks = (b"triton_python_backend_stub", fake.server.shm_prefix.encode(), f"/{model}/".encode())
+        if all(mark in command for mark in marks):
+            os.kill(int(process.parent.name), signal.SIGKILL)
+            return
+    raise AssertionError(f"no process of the model {model}")
+
+
+def expected(fake: Fake, users: Path, tmp_path: Path) -> object:
+    run(fake.settings(), users, tmp_path / "quiet", DT)
+    return rows(tmp_path / "quiet", DT)
+
+
+def test_the_server_is_killed_and_comes_back(fake: Fake, slow: Fake, users: Path, tmp_path: Path) -> None:
+    def kill() -> None:
+        slow.server.kill()
+        restart(slow)
+
+    killer = when_asked(slow, 90, kill)
+    run(slow.settings(), users, tmp_path / "out", DT)
+    killer.join()
+    assert rows(tmp_path / "out", DT).equals(expected(fake, users, tmp_path))
+    assert USERS < len(slow.asked()) <= USERS + CONCURRENCY + 10  # and small requests that look whether it is well
+
+
+@pytest.mark.parametrize("model", ["generator", "encoder"])
+def test_a_models_process_is_killed(model: str, fake: Fake, slow: Fake, users: Path, tmp_path: Path) -> None:
+    killer = when_asked(slow, 90, lambda: kill_model(slow, model))
+    run(slow.settings(), users, tmp_path / "out", DT)
+    killer.join()
+    assert rows(tmp_path / "out", DT).equals(expected(fake, users, tmp_path))
+    assert len(slow.asked()) <= USERS + CONCURRENCY + 10
+
+
+def test_a_server_that_stays_away_ends_the_job_and_nothing_is_lost(
+    fake: Fake, slow: Fake, users: Path, tmp_path: Path
+) -> None:
+    killer = when_asked(slow, 90, slow.server.kill)
+    settings = slow.settings(deadline_s=2)
+    with pytest.raises(ServerLostError, match="run the same command again"):
+        job.run_shards(settings, users, str(tmp_path / "out"), DT)
+    killer.join()
+    restart(slow)
+    slow.server.wait_ready(60)
+    done = job.run_shards(settings, users, str(tmp_path / "out"), DT)
+    commit(settings, str(tmp_path / "out"), DT)
+    assert done.skipped >= 1
+    assert rows(tmp_path / "out", DT).equals(expected(fake, users, tmp_path))
+    assert len(slow.asked()) <= USERS + CONCURRENCY + 10
+
+
+def test_the_job_is_killed_and_run_again(fake: Fake, slow: Fake, users: Path, tmp_path: Path) -> None:
+    settings = slow.settings()
+    given = [f"--set={name}={getattr(settings, name)}" for name in ("shard_users", "concurrency", "encoder_batch")]
+    command = [sys.executable, "-m", "trackrec", "features", f"--users={users}", f"--triton={settings.triton}"]
+    command += [f"--out={tmp_path / 'out'}", f"--dt={DT}", *given]
+    for prompts in (40, 130):
+        process = subprocess.Popen(command)
+        when_asked(slow, prompts, process.kill).join()
+        assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out" / f"dt={DT}/_SUCCESS").exists()
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f"{USERS} users ({USERS} ok); {USERS} RecCoTs generated, 0 copied" in output
+    assert rows(tmp_path / "out", DT).equals(expected(fake, users, tmp_path))
+    assert len(slow.asked()) <= USERS + 2 * (CONCURRENCY + UNWRITTEN)
+
+
+def test_a_prompt_that_kills_the_model_fails_alone(slow: Fake, tmp_path: Path) -> None:
+    users = [made.user(number) for number in range(40)]
+    users[7] = made.user(7, "(kills)")
+    path = made.write(tmp_path / "users.parquet", users)
+    done = run(slow.settings(retries=2), path, tmp_path / "out", DT)
+    assert done.status == {"ok": 39, "failed": 1}
+    assert rows(tmp_path / "out", DT)["status"].to_pylist()[7] == "failed"
+
+
+def test_another_model_after_a_restart_ends_the_job(slow: Fake, users: Path, tmp_path: Path) -> None:
+    def change() -> None:
+        slow.server.kill()
+        fakes.repository(slow.repository, width=WIDTH, log=slow.log, generator={"model_version": "g2"})
+        restart(slow)
+
+    killer = when_asked(slow, 90, change)
+    with pytest.raises(ServerLostError, match="now serves other models"):
+        job.run_shards(slow.settings(), users, str(tmp_path / "out"), DT)
+    killer.join()
