@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from tests.llm.test_transformers_engine import NEW, PROMPTS, engine_of
 from trackrec.llm.continuous import ContinuousEngine, Progress, Sampling
@@ -66,6 +66,26 @@ def test_greedy_is_the_other_engines(tiny_model: Path, stopping_model: Path, lim
         assert {len(PROMPTS) - 1 - i: completion for i, completion in again.items()} == expected
         reasons |= {completion.finish_reason for completion in expected.values()}
     assert reasons == {"stop", "length"}
+
+
+def test_another_architecture(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Biases, one key/value head for all, and a head tied to the embeddings."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    expected = dict(engine_of(tmp_path).greedy(PROMPTS, max_tokens=NEW, repetition_penalty=0.2))
+    assert run(continuous(tmp_path, max_rows=3), PROMPTS, GREEDY) == expected
 
 
 def test_a_step_writes_a_token_of_each_row(tiny_model: Path) -> None:
@@ -222,8 +242,9 @@ def test_lengths(tiny_model: Path) -> None:
     for limit in (None, 50):
         found = run(engine, [prompt], Sampling(temperature=0, ignore_eos=True, max_tokens=limit))
         assert (found[0].num_tokens, found[0].finish_reason) == (2, "length")
-    [single] = run(engine, [[5]], Sampling(temperature=0, ignore_eos=True, max_tokens=3)).values()
-    assert single.num_tokens == 3
+    # A prompt of one token leaves nothing to prefill, be it the first of all.
+    single = [run(own, [[5]], Sampling(temperature=0, max_tokens=3))[0] for own in (engine, continuous(tiny_model))]
+    assert single[0] == single[1] and single[0].num_tokens == 3
     with pytest.raises(PromptTooLongError, match="a prompt of 32 tokens and 1 new ones exceed the model's 32"):
         engine.add(0, [*prompt, 1, 2], Sampling())
     with pytest.raises(PromptTooLongError, match="30 tokens and 3 new ones"):

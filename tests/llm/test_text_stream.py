@@ -1,4 +1,6 @@
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from trackrec.llm.text_stream import TextStream
@@ -36,6 +38,21 @@ def test_special_tokens_are_no_text_and_an_unfinished_character_comes_last(token
     assert stream.take(finished=False) == ""
     stream.finish(tokenizer.decode(half))
     assert set(stream.take(finished=True)) == {"\ufffd"}
+
+
+def test_bytes_that_make_no_character_end_nothing() -> None:
+    """Tokenizers that fall back on bytes (Llama 2's) take an earlier letter back where one makes no sense after it."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"é": 256, "b": 257}
+    inner = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    ids = [ord("A"), 153, 256, 257]
+    with pytest.raises(Exception, match="Invalid prefix"):
+        plain = DecodeStream()
+        [plain.step(inner, token) for token in ids]
+    stream = TextStream(inner)
+    for token in ids:
+        stream.add(token)
+    assert stream.text == "Aéb"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ from trackrec.llm.transformers_engine import Float32Head
 FinishReason = Literal["stop", "length"]
 # Prompts are prefilled together where padding adds at most this share to the longest one.
 _PADDING = 0.125
+# As vLLM has it: below the one a temperature counts as 0, below the other as that one, or logits would overflow.
+_GREEDY_BELOW, _COLDEST = 1e-5, 0.01
 # peft's name for a row without an adapter.
 _BASE = "__base__"
 
@@ -293,15 +295,19 @@ class ContinuousEngine:
         if penalised:
             seen = torch.stack([rows[i].seen for i in penalised])  # type: ignore[misc]
             penalties = self._tensor([[rows[i].sampling.repetition_penalty] for i in penalised]).float()
-            logits[penalised] = penalise_repetition(logits[penalised], seen, penalties)
+            if len(penalised) == len(rows):
+                # The usual case, without copies of the rows.
+                logits = penalise_repetition(logits, seen, penalties)
+            else:
+                logits[penalised] = penalise_repetition(logits[penalised], seen, penalties)
         for i, row in enumerate(rows):
-            if len(row.tokens) < row.sampling.min_tokens:
+            if len(row.tokens) < row.sampling.min_tokens and not row.sampling.ignore_eos:
                 logits[i, list(self._stops)] = float("-inf")
         tokens = logits.argmax(-1)
-        drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
+        drawn = [i for i, row in enumerate(rows) if row.sampling.temperature >= _GREEDY_BELOW]
         if drawn:
             own = [rows[i].sampling for i in drawn]
-            scaled = logits[drawn] / self._tensor([[sampling.temperature] for sampling in own])
+            scaled = logits[drawn] / self._tensor([[max(sampling.temperature, _COLDEST)] for sampling in own])
             scaled = keep_top(scaled, [sampling.top_k for sampling in own])
             top_p = self._tensor([sampling.top_p for sampling in own])
             seeds = self._tensor([rows[i].seed for i in drawn])

@@ -63,12 +63,9 @@ class SlotCache:
 
     def write(self, prompts: PrefixRecorder, slots: Tensor) -> None:
         """The prompts' keys and values [B, kv heads, P, head size], padded on the right, into `slots` [B]."""
-        if not self.layers:
-            self.layers = [
-                key.new_zeros(2, self.slots, key.shape[1], self.capacity, key.shape[3]) for key in prompts.keys
-            ]
         length = prompts.keys[0].shape[2]
-        for layer, (key, value) in zip(self.layers, zip(prompts.keys, prompts.values, strict=True), strict=True):
+        for number, (key, value) in enumerate(zip(prompts.keys, prompts.values, strict=True)):
+            layer = self._layer(number, key)
             layer[0, slots, :, :length] = key
             layer[1, slots, :, :length] = value
 
@@ -87,10 +84,16 @@ class SlotCache:
         """Adds the rows' new tokens [R, kv heads, 1, head size]; returns all their tokens of that layer, padded."""
         rows = len(key)
         number = torch.arange(rows, device=key.device)
-        states = self.layers[layer]
+        states = self._layer(layer, key)
         states[0, number, :, self._places] = key[:, :, 0]
         states[1, number, :, self._places] = value[:, :, 0]
         return states[0, :rows, :, : self._longest], states[1, :rows, :, : self._longest]
+
+    def _layer(self, number: int, key: Tensor) -> Tensor:
+        """A layer's part of the cache, made where its first `key` [B, kv heads, L, head size] comes."""
+        if number == len(self.layers):
+            self.layers.append(key.new_zeros(2, self.slots, key.shape[1], self.capacity, key.shape[3]))
+        return self.layers[number]
 
 
 def attend(

@@ -25,7 +25,12 @@ class TextStream:
 
     def add(self, token: int) -> None:
         """Takes in the next token; a token may end inside a character, which then waits for the next one."""
-        self.text += self._stream.step(self._tokenizer, token) or ""
+        try:
+            self.text += self._stream.step(self._tokenizer, token) or ""
+        except Exception:
+            # What it raises where bytes that make no character change the text before them: begin anew, as vLLM does.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            self.text += self._stream.step(self._tokenizer, token) or ""
 
     def cut(self) -> bool:
         """Whether a stop string is in the text; it then ends before the first one."""

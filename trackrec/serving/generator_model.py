@@ -66,7 +66,8 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 self._generation.submit(GeneratorRequest(request, sender, self._tokenizer))
-            except ValueError as error:
+            # Whatever it is: an exception from here would be answered to the requests that are under way, too.
+            except Exception as error:
                 respond_error(sender, f"Error generating stream: {error}", pb.TritonError.INVALID_ARG)
 
     def finalize(self) -> None:

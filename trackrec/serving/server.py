@@ -1,7 +1,7 @@
 """Triton Inference Server on this machine, as a child process.
 
 The server is NVIDIA's own: in the production image its installation; elsewhere the one inside the `nvidia-pytriton`
-wheel, in an environment of its own (`images/triton/venv.sh`), which brings no vLLM. There `trackrec.serving.vllm`, a
+wheel, in an environment of its own (`images/triton/venv.sh`), which brings no vLLM. There `backends/vllm`, a
 backend of the same name and contract over transformers, serves the same repository.
 """
 
