@@ -3,7 +3,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pydantic import BaseModel
 
 from tests.features import made
 from tests.features.conftest import Fake
@@ -11,11 +10,12 @@ from trackrec import storage
 from trackrec.data import schema
 from trackrec.features import job
 from trackrec.features.users import UsersError, open_users
-from trackrec.shards import Shard
+from trackrec.serving_config import ActiveUsersSettings
+from trackrec.shards import WHOLE, Shard
 
 
 def ids(
-    path: Path, work: Path, block_rows: int, shard: Shard = Shard(), skip: tuple[int, ...] = ()
+    path: Path, work: Path, block_rows: int, shard: Shard = WHOLE, skip: tuple[int, ...] = ()
 ) -> dict[int, list[str]]:
     blocks = open_users(path, work).blocks(block_rows, shard, skip)
     return {number: rows["user_id"].to_pylist() for number, rows in blocks}
@@ -37,7 +37,9 @@ def test_blocks_do_not_depend_on_row_groups(row_group: int, tmp_path: Path) -> N
 
 def test_a_published_table_and_a_folder_of_files_are_read(tmp_path: Path) -> None:
     rows = [made.user(number) for number in range(20)]
-    with storage.publish("active_users", BaseModel(), inputs={}, outputs={"users": tmp_path / "published"}) as work:
+    with storage.publish(
+        "active_users", ActiveUsersSettings(), inputs={}, outputs={"users": tmp_path / "published"}
+    ) as work:
         schema.write(work.outputs["users"], "users", rows)
     (tmp_path / "folder").mkdir()
     for part, half in enumerate((rows[:9], rows[9:])):

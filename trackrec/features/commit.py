@@ -87,7 +87,7 @@ def _identity(facts: dict[int, ShardFacts], place: Place) -> Identity:
     if not facts:
         raise CommitError(f"{place} holds no shard; run the job, then commit")
     # The job in question is the one that wrote the last; another's files are what an earlier try has left.
-    newest = max(facts.values(), key=lambda each: max((end for _, end in each.spans), default=0.0)).identity
+    newest = max(facts.values(), key=lambda each: each.written).identity
     other = [number for number, each in facts.items() if each.identity != newest]
     count = -(-newest.num_users // newest.shard_users)
     wrong = sorted(number for number in other if number < count)

@@ -85,8 +85,10 @@ async def write_shard(job: Job, number: int, users: pa.Table, fed: asyncio.Event
                 fed.set()
         except BaseExceptionGroup as group:
             raise _first(group) from group
-        facts = ShardFacts(identity=job.identity, shard=number, generated=shard.generated, spans=kept.spans)
         content = await asyncio.to_thread(shard.content)
+        facts = ShardFacts(
+            identity=job.identity, shard=number, generated=shard.generated, spans=kept.spans, written=time.time()
+        )
         await asyncio.to_thread(_publish, job, number, content, facts)
     path.unlink(missing_ok=True)
     status = Counter(content["status"].to_pylist())

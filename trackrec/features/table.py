@@ -81,6 +81,8 @@ class ShardFacts(BaseModel):
     generated: int
     # When the generator worked for it, seconds since 1970, one span for each try.
     spans: list[tuple[float, float]]
+    # When the file was written, seconds since 1970.
+    written: float
 
 
 class ShardEntry(BaseModel):
