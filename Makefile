@@ -44,8 +44,7 @@ serve: release ## Serve them on this machine (gRPC 8001, HTTP 8000, metrics 8002
 
 .PHONY: features
 features: setup ## Write every active user's RecCoT and vector through the server of `make serve` (runs/features)
-	$(BIN)/trackrec run --pipeline batch_features --config pipelines/configs/quickstart.yaml \
-	  --set features.triton=127.0.0.1:8001 --set features.out=runs/features
+	$(BIN)/trackrec run --pipeline batch_features --config pipelines/configs/quickstart.yaml
 
 .PHONY: test
 test: setup triton ## Run the tests

@@ -8,6 +8,7 @@ results, whatever else changes.
 
 import functools
 import hashlib
+import re
 from pathlib import Path
 
 import grimp
@@ -37,6 +38,9 @@ IMAGE_OF = {
     "compare": "rank",
     "export": "triton",
     "deploy": "data",
+    "active_users": "data",
+    "features": "data",
+    "commit_features": "data",
 }
 
 # The files of `requirements/` that an image installs.
@@ -91,6 +95,9 @@ def sources(stage: str) -> list[Path]:
         for package in packages:
             found.add(package / "__init__.py")
             found.update(_data_files(package))
+    # And what the Dockerfile copies beside it.
+    text = (ROOT / "images" / image / "Dockerfile").read_text(encoding="utf-8")
+    found.update(ROOT / name for name in re.findall(rf"\bimages/{image}/[\w.]+", text))
     if stage == "export":
         found.update((ROOT / "trackrec/serving/backends").rglob("*.py"))
     found.add(ROOT / "images" / image / "Dockerfile")

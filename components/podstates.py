@@ -32,6 +32,8 @@ class PodStates:
         self.api = api
         self.namespace = namespace
         self.said: dict[str, str] = {}
+        # By pod and container: the restarts before it was first looked at, which an earlier try may have waited out.
+        self.restarts: dict[tuple[str, str], int] = {}
 
     def find(self, selector: str) -> list[Any]:
         """The pods, oldest first.
@@ -53,11 +55,13 @@ class PodStates:
                 failed = status.state.terminated if status.state else None
                 never = waiting is not None and waiting.reason in _NEVER
                 ends = waiting is not None or (failed is not None and failed.exit_code != 0)
-                if never or (ends and (status.restart_count or 0) >= _RESTARTS):
+                restarts = status.restart_count or 0
+                seen = self.restarts.setdefault((pod.metadata.name, status.name), restarts)
+                if never or (ends and restarts - seen >= _RESTARTS):
                     self.print_tail(pod)
                     raise HopelessError(self.explain([pod]))
             if not is_ready(pod):
-                self._say(pod.metadata.name, f"pod {pod.metadata.name}: {_state(pod)}")
+                self.say(pod.metadata.name, f"pod {pod.metadata.name}: {_state(pod)}")
 
     def explain(self, pods: list[Any]) -> str:
         """What those that are not ready wait for, with the warnings that Kubernetes has of them."""
@@ -100,7 +104,8 @@ class PodStates:
             return [f"its events cannot be read: {line(error)}"]
         return [" ".join(f"{event.reason}: {event.message}".split())[:300] for event in found[-_EVENTS:]]
 
-    def _say(self, key: str, what: str) -> None:
+    def say(self, key: str, what: str) -> None:
+        """Prints `what`, unless that was the last thing said of `key`."""
         if self.said.get(key) != what:
             self.said[key] = what
             print(what, flush=True)

@@ -30,7 +30,6 @@ _POLL_SECONDS = 3.0
 _PATIENCE_SECONDS = 900.0
 # One lost connection condemns no version.
 _SMOKE_TRIES = 3
-_PATCH = "application/strategic-merge-patch+json"
 
 
 class RolloutError(RuntimeError):
@@ -196,8 +195,9 @@ class _Roll:
             now = (len(pods), len(ready), len(asked or ()), status.replicas, status.updated_replicas)
             if now != progress:
                 progress, since = now, time.monotonic()
-                wanted = found.spec.replicas
-                print(f"Deployment {self.name}: {len(ready)} of {wanted} new pods are ready", flush=True)
+                self.states.say(
+                    self.name, f"Deployment {self.name}: {len(ready)} of {found.spec.replicas} pods are new"
+                )
             if asked is not None:
                 self._may_go_on(found, pods, time.monotonic() - since)
             elif time.monotonic() - since > self.timeout_s:
@@ -217,6 +217,9 @@ class _Roll:
             if condition.type == "Progressing" and condition.reason == "ProgressDeadlineExceeded":
                 waited = float("inf")
         if waited > self.timeout_s:
+            for pod in pods:
+                if not is_ready(pod):
+                    self.states.print_tail(pod)
             raise RolloutError(f"no progress for {min(waited, self.timeout_s):g} s ({self.states.explain(pods)})")
 
     def _ask(self, found: Any, pod: Any) -> dict[str, Any]:
@@ -279,9 +282,7 @@ class _Roll:
 
     def _send(self, body: dict[str, Any]) -> None:
         def send() -> Any:
-            return self.apps.patch_namespaced_deployment(
-                self.name, self.namespace, body, _request_timeout=TIMEOUT, _content_type=_PATCH
-            )
+            return self.apps.patch_namespaced_deployment(self.name, self.namespace, body, _request_timeout=TIMEOUT)
 
         self._try(send, "patch")
 

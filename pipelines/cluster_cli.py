@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from pipelines import cluster_run, ir, metadata_store, pods, single
+from pipelines import batch_features, cluster_run, ir, metadata_store, pods, single
 from pipelines.client import Cluster, ClusterError
 from pipelines.options import ConfigOption, Pipeline, PipelineOption, ProfileOption, SetOption, built, overrides
 from trackrec import config_file, storage
@@ -145,7 +145,8 @@ def schedule(
     loaded = config_file.load(config, overrides(set_), profile=profile)
 
     def put(pipeline_name: str, package: Path) -> None:
-        arguments = _arguments(ir.read(package)[0], param)
+        spec = ir.read(package)[0]
+        arguments = batch_features.scheduled(spec, _arguments(spec, param))
         cluster = Cluster(host, namespace)
         wanted = api.V2beta1RecurringRun(
             display_name=name,

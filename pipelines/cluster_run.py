@@ -13,7 +13,7 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
 from pipelines import ir, metadata_store, release
 from pipelines.client import Cluster, ClusterError
-from pipelines.recording import Artifact, RunRecord, recorded
+from pipelines.recording import Artifact, RunRecord, recorded, with_defaults
 from trackrec import config_file
 from trackrec.run_config import RunConfig
 
@@ -71,11 +71,7 @@ def record(cluster: Cluster, run: api.V2beta1Run) -> RunRecord:
     """
     spec = json_format.ParseDict(cluster.spec(run), PipelineSpec(), ignore_unknown_fields=True)
     given = (run.runtime_config.parameters if run.runtime_config else None) or {}
-    arguments = {
-        name: json_format.MessageToDict(parameter.default_value)
-        for name, parameter in spec.root.input_definitions.parameters.items()
-        if parameter.HasField("default_value")
-    } | given
+    arguments = with_defaults(spec, given)
     named = {name: task.task_info.name or name for name, task in spec.root.dag.tasks.items()}
     executions = metadata_store.executions(cluster, run.run_id, named)
     artifacts = {}

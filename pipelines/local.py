@@ -26,7 +26,7 @@ from kfp.local import pipeline_orchestrator
 from rich.console import Console
 from rich.markup import escape
 
-from pipelines.recording import RECORD, Artifact, Part, RunRecord, all_tasks, expose_outputs, recorded
+from pipelines.recording import RECORD, Artifact, Part, RunRecord, all_tasks, expose_outputs, recorded, with_defaults
 from trackrec import storage
 
 CONFIG = "config.yaml"
@@ -130,7 +130,9 @@ def execute(
     record = RunRecord(
         run=run,
         seconds=round(time.monotonic() - started, 1),
-        tasks=recorded(spec, artifacts, arguments, cached=spec.root.dag.tasks.keys() - ran, parts=parts),
+        tasks=recorded(
+            spec, artifacts, with_defaults(spec, arguments), cached=spec.root.dag.tasks.keys() - ran, parts=parts
+        ),
     )
     storage.write_atomic(folder / RECORD, record.model_dump_json(indent=2).encode())
     return record

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 from kfp.dsl.graph_component import GraphComponent
 
-from pipelines import ablations, backbones, release, trackrec
+from pipelines import ablations, backbones, batch_features, release, trackrec
 from trackrec import config_file
 from trackrec import profile as profiles
 from trackrec.run_config import RunConfig
@@ -16,8 +16,9 @@ PIPELINES = {
     "ablations": ablations.build,
     "backbones": backbones.build,
     "release": release.build,
+    "batch_features": batch_features.build,
 }
-Pipeline = Literal["trackrec", "ablations", "backbones", "release"]
+Pipeline = Literal["trackrec", "ablations", "backbones", "release", "batch_features"]
 
 PipelineOption = Annotated[
     Pipeline,
@@ -26,7 +27,8 @@ PipelineOption = Annotated[
         "-p",
         help="trackrec: the whole. ablations: the loop without alignment, distillation, iterating. "
         "backbones: ranking models on the RecCoTs of a finished run. "
-        "release: the models of a finished run to Triton.",
+        "release: the models of a finished run to Triton. "
+        "batch_features: active users' RecCoTs and vectors, through Triton.",
     ),
 ]
 ConfigOption = Annotated[

@@ -20,6 +20,8 @@ STAGE_LABEL = "trackrec/stage"
 # kfp-kubernetes 2.17 has no priority class: manifests/priority makes one of this label.
 PRIORITY_LABEL = "trackrec/priority-class"
 RETRY_BACKOFF = "30s"
+# What they read and write lies outside of the run: what they did before says nothing of now.
+NEVER_CACHED = frozenset({"features", "commit_features", "deploy"})
 # What a task on several nodes hands to them. Of its own pod, which only watches, it keeps what all share.
 _HANDED_OVER = [
     dsl.TaskConfigPassthrough(dsl.TaskConfigField.RESOURCES),
@@ -36,7 +38,7 @@ def place(task: PipelineTask, stage: str, config: RunConfig, title: str = "") ->
     resources: Resources = getattr(config.resources, stage)
     task.set_container_image(images.tagged(stage, config.registry))
     task.set_display_name(title or stage)
-    task.set_caching_options(resources.cache)
+    task.set_caching_options(resources.cache and stage not in NEVER_CACHED)
     task.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
     task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
     if resources.retries:

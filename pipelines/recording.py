@@ -66,6 +66,16 @@ def expose_outputs(spec: PipelineSpec) -> None:
             selector.output_artifact_key = output
 
 
+def with_defaults(spec: PipelineSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The pipeline's parameters: those given, else what the IR has for them."""
+    defaults = {
+        name: json_format.MessageToDict(parameter.default_value)
+        for name, parameter in spec.root.input_definitions.parameters.items()
+        if parameter.HasField("default_value")
+    }
+    return {**defaults, **arguments}
+
+
 def recorded(
     spec: PipelineSpec,
     artifacts: Mapping[str, Artifact],
@@ -97,10 +107,15 @@ def recorded(
         own = {key.split("/", 1)[1]: value for key, value in artifacts.items() if key.split("/", 1)[0] == name}
         sources = {given: _source(task, given) for given in task.inputs.artifacts}
         shards: list[Part] = []
+        given_parameters: Mapping[str, Any] = arguments
         loop = spec.components[task.component_ref.name].dag
         if loop.tasks:
             # It has one task, which reads what the loop is given, and one output, which is joined.
             [inner], [(key, output)] = loop.tasks.values(), loop.outputs.artifacts.items()
+            # A loop has its own names for the pipeline's parameters.
+            given_parameters = {
+                name: arguments.get(source.component_input_parameter) for name, source in task.inputs.parameters.items()
+            }
             sources = {
                 given: sources[source.component_input_artifact] for given, source in inner.inputs.artifacts.items()
             }
@@ -115,7 +130,7 @@ def recorded(
             title=task.task_info.name or name,
             stage=stage,
             cached=bool(stage) and writer in cached,
-            parameters=_parameters(spec, inner, arguments),
+            parameters=_parameters(spec, inner, given_parameters),
             inputs={given: artifacts[source] for given, source in sources.items()},
             outputs=own,
             parts=shards,
@@ -137,7 +152,7 @@ def _stage(spec: PipelineSpec, task: PipelineTaskSpec) -> str:
     return str(executor).removeprefix("exec-").rstrip("-0123456789").replace("-", "_")
 
 
-def _parameters(spec: PipelineSpec, task: PipelineTaskSpec, arguments: dict[str, Any]) -> dict[str, Any]:
+def _parameters(spec: PipelineSpec, task: PipelineTaskSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What the task was called with, but for which shard it was: that is the loop's."""
     definitions = spec.components[task.component_ref.name].input_definitions.parameters
     values = {}

@@ -8,12 +8,18 @@ from kfp.dsl.pipeline_channel import PipelineArtifactChannel
 from kfp.dsl.pipeline_task import PipelineTask
 
 from components.gather.component import gather
-from pipelines.placement import place
+from pipelines.placement import NEVER_CACHED, place
 from trackrec.run_config import RunConfig, ShardedResources
 
-Sharded = Literal["sample", "score", "generate", "encode"]
+Sharded = Literal["sample", "score", "generate", "encode", "features"]
 # What each writes: the table, and the output of that name.
-TABLE_OF: dict[str, str] = {"sample": "recots", "score": "rewards", "generate": "recots", "encode": "vectors"}
+TABLE_OF: dict[str, str] = {
+    "sample": "recots",
+    "score": "rewards",
+    "generate": "recots",
+    "encode": "vectors",
+    "features": "feature_shards",
+}
 
 
 def written(
@@ -32,4 +38,7 @@ def written(
     with dsl.ParallelFor(list(range(pods.shards)), name=title) as shard:
         part = place(task(shard=shard, shards=pods.shards), stage, config, f"{title}, one shard")
     joined = gather(table=table, parts=dsl.Collected(part.outputs[table]))
-    return place(joined, "gather", config, f"gather ({title})").outputs["joined"]
+    placed = place(joined, "gather", config, f"gather ({title})")
+    if stage in NEVER_CACHED:
+        placed.set_caching_options(False)
+    return placed.outputs["joined"]

@@ -47,6 +47,8 @@ def configured(task: TaskRecord, path: Path, overrides: dict[str, Any]) -> RunCo
             continue  # `preflight` reads it all; its other parameters are the run's addresses
         if not any(f"{key}.".startswith(f"{section}.") for section in own):
             raise config_file.ConfigError(f"{key}: not a setting of {task.title}; allowed here: {', '.join(own)}")
+        if (name := key.rpartition(".")[2]) in task.parameters and key == f"{task.stage}.{name}":
+            task.parameters[name] = overrides[key]  # such a setting is what the pipeline's parameter begins as
     return config_file.load(path, overrides)
 
 
@@ -75,7 +77,8 @@ def build(config: RunConfig, task: TaskRecord) -> GraphComponent:
         if stage in TABLE_OF:
             written(cast(Sharded, stage), config, task.title, called)
         elif stage == "preflight":
-            placed_preflight(called(), config, loop=bool(parameters["base_model"]))
+            job = bool(parameters.get("triton"))
+            placed_preflight(called(), config, loop=bool(parameters["base_model"]), features=job)
         else:
             place(called(), stage, config, task.title)
 

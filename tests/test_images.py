@@ -1,10 +1,12 @@
 """The images' Dockerfiles and locks: complete, pinned by hashes, and holding what their stages import."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import ModuleType
 
 import grimp
 import pytest
@@ -16,6 +18,8 @@ IMAGES = sorted(set(images.IMAGE_OF.values()))
 OPTIONAL = {
     # Trainers share the engines' types, and open none.
     "train": {"vllm"},
+    # So does what is exported; NVIDIA's image has it for its backend.
+    "triton": {"vllm"},
 }
 # Not installed beside the tests (Spark's client is part of what is), so that its distribution cannot be looked up.
 ELSEWHERE = {"vllm": ["vllm"], "pyspark": ["pyspark-client"]}
@@ -56,7 +60,10 @@ def test_there_is_one_folder_for_each_image() -> None:
 def test_an_image_runs_without_root_on_any_base(image: str) -> None:
     lines = dockerfile(image).splitlines()
     [base] = [line for line in lines if line.startswith("ARG BASE_IMAGE=")]
-    assert re.fullmatch(r"ARG BASE_IMAGE=docker\.io/library/python:3\.11-slim-bookworm@sha256:[0-9a-f]{64}", base)
+    # Triton with vLLM comes as an image; what is compiled for it stays in it.
+    named = {"triton": r"nvcr\.io/nvidia/tritonserver:[0-9.]+-vllm-python-py3"}
+    of_image = named.get(image, r"docker\.io/library/python:3\.11-slim-bookworm")
+    assert re.fullmatch(rf"ARG BASE_IMAGE={of_image}@sha256:[0-9a-f]{{64}}", base)
     assert [line for line in lines if line.startswith("FROM ")] == ["FROM ${BASE_IMAGE} AS build", "FROM ${BASE_IMAGE}"]
     assert [line for line in lines if line.startswith("USER ")] == ["USER 1000:1000"]
     assert any("_KFP_RUNTIME=true" in line for line in lines)
@@ -105,6 +112,32 @@ def test_an_image_holds_the_versions_that_the_tests_run_on(image: str) -> None:
 def test_an_image_has_the_pipelines_kfp(image: str) -> None:
     assert locked(image)["kfp"] == pins("dev")["kfp"]
     assert "typing-extensions" in locked(image)
+
+
+def _lacking() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lacking", images.ROOT / "images/triton/lacking.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_the_base_has_stays_and_the_rest_of_the_lock_is_installed() -> None:
+    text = (images.ROOT / "requirements/triton-cpu.txt").read_text(encoding="utf-8")
+    left = _lacking().lacking(text, {"numpy", "typing-extensions", "absent"})
+    gone = {"numpy", "typing-extensions", "nvidia-pytriton"}
+    names = re.findall(r"^([a-z0-9._-]+)==", left, re.M)
+    assert names == [name for name in re.findall(r"^([a-z0-9._-]+)==", text, re.M) if name not in gone]
+    # No hash is left without its package, and none is lost.
+    blocks = [block for block in re.split(r"\n(?! )", text) if block.partition("==")[0] not in gone]
+    assert left.strip() == "\n".join(blocks).strip()
+
+
+def test_the_lock_is_cut_down_in_place_to_what_this_python_lacks(tmp_path: Path) -> None:
+    lock = tmp_path / "lock.txt"
+    lock.write_text("PyYAML==1.0 \\\n    --hash=sha256:aa\nabsent-package==2.0 \\\n    --hash=sha256:bb\n")
+    subprocess.run([sys.executable, images.ROOT / "images/triton/lacking.py", lock], check=True)
+    assert lock.read_text() == "absent-package==2.0 \\\n    --hash=sha256:bb\n"
 
 
 def test_serving_and_training_are_apart_and_data_has_neither() -> None:
@@ -182,7 +215,7 @@ def test_what_a_user_can_mend_is_one_line(podman: Path) -> None:
     unpinned = make("build", "data", "--registry", "r", path=f"{podman}:/usr/bin:/bin")
     assert unpinned.returncode == 1 and "no digest for its base image" in unpinned.stderr
     assert "say where the images lie" in make("build", path=str(podman)).stderr
-    assert "no image triton" in make("sbom", "triton").stderr
+    assert "no image tritonn" in make("sbom", "tritonn").stderr
     (podman / "podman").write_text("#!/bin/sh\nexit 1\n")
     absent = make("push", "data", "--registry", "r", path=f"{podman}:/bin")
     assert absent.returncode == 1 and "is not built; run: make images REGISTRY=r" in absent.stderr

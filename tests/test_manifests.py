@@ -215,6 +215,7 @@ RIGHTS = {
     "trackrec": ({"workflowtaskresults"}, {"configmaps", "pods"}),
     "trackrec-trainjob": ({"trainjobs"}, {"pods", "pods/log"}),
     "trackrec-spark": ({"sparkapplications"}, {"pods", "pods/log"}),
+    "trackrec-deploy": ({"deployments"}, {"pods", "events", "pods/log"}),
     "spark": ({"pods", "services", "configmaps", "persistentvolumeclaims"}, set()),
 }
 # By folder: the one secret that Kubeflow's launcher reads itself there.
@@ -262,7 +263,7 @@ def test_nothing_passes_but_what_is_named(folder: str) -> None:
         if "ingress" in spec:
             assert spec["podSelector"], f"{name} opens every pod"
     open_to = {name for name, spec in policies.items() if "ingress" in spec}
-    assert open_to == ({"trainjob", "spark", "metrics"} if folder in WITH_ALL else set())
+    assert open_to == ({"trainjob", "spark", "metrics", "triton"} if folder in WITH_ALL else set())
 
 
 @needs_kubectl
@@ -393,9 +394,10 @@ def test_the_docs_create_every_secret_that_is_named(created: dict[str, set[str]]
 
 @needs_kubectl
 def test_workload_identity_is_that_of_every_account_that_reads_the_bucket() -> None:
-    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    page = "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("cluster", "serving/deploy"))
     accounts = [item for item in made("overlays/gke") if item["kind"] == "ServiceAccount"]
-    assert {account["metadata"]["name"] for account in accounts} == {"trackrec", SparkApplication().service_account}
+    readers = {"trackrec", "trackrec-triton", SparkApplication().service_account}
+    assert {account["metadata"]["name"] for account in accounts} == readers
     for account in accounts:
         assert account["metadata"]["annotations"] == {
             "iam.gke.io/gcp-service-account": "trackrec@YOUR-PROJECT.iam.gserviceaccount.com"
@@ -408,7 +410,7 @@ def test_whatever_pulls_an_image_from_a_private_registry_has_its_login() -> None
     items = made("overlays/on-prem")
     accounts = [item for item in items if item["kind"] == "ServiceAccount"]
     [nodes] = pods_of(named(items, "TrainingRuntime", "trackrec"))
-    assert len(accounts) == 2 and "serviceAccountName" not in nodes
+    assert len(accounts) == 3 and "serviceAccountName" not in nodes
     for one in (*accounts, nodes):
         assert one["imagePullSecrets"] == [{"name": "trackrec-registry"}]
 

@@ -174,6 +174,7 @@ class StageResources(Settings):
     # Rolls out what the cluster has: never cached.
     deploy: Resources = Resources(cpu="1", memory="2Gi", ephemeral_storage="1Gi", cache=False)
     active_users: Resources = Resources()
+    # Both never cached, whatever is said here.
     features: ShardedResources = ShardedResources()
     commit_features: Resources = Resources()
 
@@ -226,7 +227,7 @@ class RunConfig(Settings):
     loop: LoopSettings = LoopSettings()
     # Left out: the run ends with V's evaluations.
     ranking: RankingSettings | None = None
-    # Of `ingest` and `contexts`.
+    # Of `ingest`, `contexts` and `active_users`.
     data: DataSettings = DataSettings()
     ingest: IngestSettings
     contexts: ContextsSettings
@@ -330,13 +331,20 @@ class RunConfig(Settings):
         return self
 
 
-def secrets_of(config: RunConfig, *, loop: bool) -> dict[str, SecretKey]:
-    """The secrets of all stages' pods by environment variable; without the loop, of those that rank alone."""
+def secrets_of(config: RunConfig, *, loop: bool, features: bool = False) -> dict[str, SecretKey]:
+    """The secrets of all stages' pods by environment variable.
+
+    Args:
+        loop: without it, of the stages that rank alone.
+        features: or of the batch feature job's.
+    """
     ranking = ("encode", "gather", "train_ctr", "tabulate_ctr", "compare")
+    job = ("ingest", "active_users", "features", "gather", "commit_features")
+    without_loop = job if features else ranking
     left_out = set() if config.loop.distillation else {"distill_data", "sft_generator"}
     return {
         secret.env: secret
         for stage in type(config.resources).model_fields
-        if stage not in left_out and (loop or stage in ranking)
+        if stage not in left_out and (loop or stage in without_loop)
         for secret in getattr(config.resources, stage).secrets
     }

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trackrec.config import Backbone, Count, Positive, Rate, Settings, Share, Text
+from trackrec.config import Backbone, Count, Moment, Positive, Rate, Settings, Share, Text
 
 
 class ExportSettings(Settings):
@@ -36,10 +36,19 @@ class DeploySettings(Settings):
     # Without progress for so long (a pod more that is ready) the old version is put back.
     timeout_s: Rate = 1800
 
+    @model_validator(mode="after")
+    def _pods_find_the_versions(self) -> Self:
+        if self.versions is not None and not self.versions.startswith(("gs://", "/")):
+            raise ValueError(f"`versions` is gs://BUCKET/PATH or a folder's whole path (got {self.versions!r})")
+        return self
+
 
 class ActiveUsersSettings(Settings):
-    """Who gets a RecCoT: the users of the newest `active_days` days before the job's date."""
+    """Who gets a RecCoT: the users of the newest `active_days` days before the job's moment."""
 
+    # The job's moment, which its partition is named after (ISO 8601, UTC). Left out: the midnight after the last
+    # interaction. A pipeline's parameter `dt`; `trackrec schedule` fills in the day of each run.
+    as_of: Moment | None = None
     active_days: Positive = 30
     # None takes all.
     max_users: Positive | None = None
@@ -72,3 +81,14 @@ class FeaturesSettings(Settings):
         if not host or not port.isdigit() or "/" in self.triton:
             raise ValueError(f"`triton` is HOST:PORT of Triton's gRPC endpoint (got {self.triton!r})")
         return self
+
+    @property
+    def place(self) -> str:
+        """`out`.
+
+        Raises:
+            ValueError: it is left out.
+        """
+        if self.out is None:
+            raise ValueError("`features.out` names no place; give gs://BUCKET/PATH or a folder")
+        return self.out

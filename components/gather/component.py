@@ -11,7 +11,7 @@ def gather(table: str, parts: Input[list[Dataset]], joined: Output[Dataset]) -> 
     """Joins what a stage's shards wrote into the table that one pod would have written.
 
     Args:
-        table: `recots`, `rewards` or `vectors`.
+        table: `recots`, `rewards`, `vectors` or `feature_shards`.
         parts: The table's parts, one a shard, in any order.
         joined: The table.
     """

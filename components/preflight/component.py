@@ -13,11 +13,13 @@ def preflight(
     base_model: str,
     encoder: str,
     checks: Output[Markdown],
+    triton: str = "",
+    out: str = "",
 ) -> None:
     """Checks in seconds what a run needs, before any of its stages takes a GPU, and says all that is wrong at once.
 
     Secrets, the artifact root, base model and encoder (their small files alone are read), the tokenizer's Yes and No,
-    the teacher, and GPU memory and disk against the plan's estimate.
+    the teacher, and GPU memory and disk against the plan's estimate. For the batch feature job: Triton with its models.
 
     Args:
         config: `trackrec.run_config.RunConfig`.
@@ -25,6 +27,8 @@ def preflight(
         base_model: The base model's URI; empty where the run trains ranking models alone.
         encoder: The encoder's URI; empty without `ranking`.
         checks: What was looked at.
+        triton: HOST:PORT of Triton's gRPC endpoint; empty but for the batch feature job.
+        out: Where that job's features go; empty but for it.
     """
     from pathlib import Path
 
@@ -38,4 +42,6 @@ def preflight(
         base_model=base_model,
         encoder=encoder,
         checks=Path(checks.path),
+        triton=triton,
+        out=out,
     )

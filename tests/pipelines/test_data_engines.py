@@ -1,13 +1,15 @@
 """How the section `data` reaches the stages, and a log that stays where it is."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from kfp import compiler
+from kfp.dsl.graph_component import GraphComponent
 
-from pipelines import cli, trackrec
+from pipelines import batch_features, cli, trackrec
 from trackrec.run_config import RunConfig
 
 SPARK = {"engine": "spark", "spark": {"remote": "sc://spark:15002", "scratch": "gs://shop/scratch"}}
@@ -30,8 +32,10 @@ def config(raw_data: str, data: dict[str, Any]) -> RunConfig:
     )
 
 
-def tasks(loaded: RunConfig, folder: Path) -> dict[str, Any]:
-    compiler.Compiler().compile(trackrec.build(loaded), str(folder / "ir.yaml"))
+def tasks(
+    loaded: RunConfig, folder: Path, build: Callable[[RunConfig], GraphComponent] = trackrec.build
+) -> dict[str, Any]:
+    compiler.Compiler().compile(build(loaded), str(folder / "ir.yaml"))
     ir = next(yaml.safe_load_all((folder / "ir.yaml").read_text(encoding="utf-8")))
     found: dict[str, Any] = ir["root"]["dag"]["tasks"]
     return {task["taskInfo"]["name"]: task for task in found.values()}
@@ -49,6 +53,19 @@ def test_a_log_that_the_engine_reads_is_no_artifact(tmp_path: Path, raw_data: st
     assert "artifacts" not in inputs and found["ingest"]["dependentTasks"] == ["preflight"]
     # Nor does the command line look for it on this machine.
     assert cli.local_inputs(loaded, ["raw_data"]) == ({}, {})
+
+
+@pytest.mark.parametrize(("raw_data", "data"), [("gs://shop/raw", SPARK), ("bq://p.web", BIGQUERY)])
+def test_the_batch_jobs_engine_reads_each_days_log_anew(tmp_path: Path, raw_data: str, data: dict[str, Any]) -> None:
+    given = config(raw_data, data).model_dump(mode="json", exclude_none=True)
+    loaded = RunConfig.model_validate(given | {"features": {"out": "gs://shop/features"}})
+    found = tasks(loaded, tmp_path, batch_features.build)
+    assert "raw data" not in found
+    parameters = found["ingest"]["inputs"]["parameters"]
+    assert parameters["raw_uri"] == {"componentInputParameter": "raw_data"}
+    assert parameters["raw_version"] == {"componentInputParameter": "dt"}
+    engine = found["active_users"]["inputs"]["parameters"]["data"]["runtimeValue"]["constant"]["engine"]
+    assert engine == loaded.data.engine
 
 
 def test_any_other_raw_data_is_an_artifact_of_ingest(tmp_path: Path) -> None:

@@ -1,5 +1,9 @@
 """The inference that a version must pass, against a real server."""
 
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +22,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ser
     repository = versions.write(folder / "repository", "g-1")
     with server.running(repository, folder / "log") as running:
         yield repository, running
+
+
+def probe(running: server.Server, repository: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """What a pod's probes call."""
+    command = [sys.executable, "-m", "trackrec.serving.smoke", running.grpc, f"--repository={repository}", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_a_version_is_asked_for_one_answer_of_every_model(served: tuple[Path, server.Server]) -> None:
@@ -61,8 +71,15 @@ def test_what_cannot_be_right_does_not_pass(
         versions.write(repository, "g-1", broken)
         try:
             client.load_model(model)
-            with pytest.raises(smoke.SmokeError, match=message):
+            with pytest.raises(smoke.SmokeError, match=message) as caught:
                 smoke.check(running.grpc, asked, seconds=2 if broken == "silent" else 20)
+            # What only takes long is no reason to kill a server; what fails is.
+            assert isinstance(caught.value, smoke.SlowError) == (broken == "silent")
+            alive = probe(running, repository, "--alive", "--seconds=2")
+            assert (alive.returncode == 0) == (broken == "silent"), alive.stderr
+            if broken == "silent":
+                said = json.loads(alive.stdout)
+                assert said.keys() == expected.versions.keys() and said["generator"].keys() == {"slow"}
         finally:
             versions.write(repository, "g-1")
             client.load_model(model)
@@ -81,14 +98,31 @@ def test_what_is_no_repository_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_pods_probe_is_the_same_as_a_command(served: tuple[Path, server.Server], tmp_path: Path) -> None:
-    """The manifests' startup probe."""
-
-    def probe(repository: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "trackrec.serving.smoke", served[1].grpc, f"--repository={repository}"]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    passed = probe(served[0])
+    repository, running = served
+    passed = probe(running, repository)
     assert passed.returncode == 0 and '"quiet films"' in passed.stdout, passed.stderr
-    refused = probe(versions.write(tmp_path, "g-2"))
+    assert probe(running, repository, "--alive").returncode == 0
+    refused = probe(running, versions.write(tmp_path, "g-2"))
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: generator at ") and len(refused.stderr.splitlines()) == 1
+
+
+def test_a_models_process_that_died_is_found(tmp_path: Path) -> None:
+    """Triton starts it never again and stays ready: the manifests' liveness probe."""
+    repository = versions.write(tmp_path / "repository", "g-1")
+    with server.running(repository, tmp_path / "log", models=["generator", "encoder"]) as running:
+        expected = smoke.Expected({"generator": "g-1", "encoder": "1"})
+        assert smoke.check(running.grpc, expected).keys() == {"generator", "encoder"}
+        stubs = subprocess.run(
+            ["pgrep", "--parent", str(running.process.pid), "--full", "encoder"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for pid in map(int, stubs):
+            os.kill(pid, signal.SIGKILL)
+        assert running.ready()
+        for model in ("ranker_base", "ranker_trackrec"):
+            shutil.rmtree(repository / model)
+        dead = probe(running, repository, "--alive", "--seconds=20")
+        assert dead.returncode == 1 and dead.stderr.startswith("error: encoder at "), dead

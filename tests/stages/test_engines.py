@@ -20,7 +20,8 @@ from trackrec.data import bigquery_engine, schema
 from trackrec.data.engine import EngineError, open_engine
 from trackrec.data_config import DataSettings
 from trackrec.fetch import fetch
-from trackrec.stages import contexts
+from trackrec.serving_config import ActiveUsersSettings
+from trackrec.stages import active_users, contexts
 
 DAY = 86_400
 LOG = ImpressionLog(
@@ -34,6 +35,11 @@ LOG = ImpressionLog(
 CONTEXTS: list[dict[str, Any]] = [
     {"kind": "rolling", "history_length": 3, "max_train_contexts": 20, "max_examples_per_context": 1},
     {"kind": "snapshot", "snapshot_days": 2, "max_train_contexts": 5, "max_test_contexts": 2, "min_history": 1},
+]
+# By the last interaction and by a moment; with users left out for both reasons.
+ACTIVE: list[dict[str, Any]] = [
+    {"active_days": 8, "max_users": 3},
+    {"active_days": 1, "as_of": "2024-01-02T12:00"},
 ]
 TITLES = ["Amélie", "千と千尋の神隠し", "🦊 fox", 'it\'s "quoted"\nline', " ", None, "a:5.0:1", "Éa"]
 
@@ -64,6 +70,13 @@ def judged(out: Path, tables: Path, data: DataSettings, **settings: Any) -> Path
     return out
 
 
+def found_active(out: Path, tables: Path, data: DataSettings, **settings: Any) -> Path:
+    shown: dict[str, Any] = {"domain": "movies", "history_length": 3}
+    given = ActiveUsersSettings.model_validate(settings)
+    active_users.run(given, data, interactions=tables, items=tables, users=out, seed=3, **shown)
+    return out
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engines")
@@ -78,9 +91,13 @@ def raw(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path, raw: Path) -> list[Path]:
-    """DuckDB's tables: ingest's, then contexts' for each of `CONTEXTS`."""
+    """DuckDB's tables: ingest's, then contexts' for each of `CONTEXTS` and active_users' for each of `ACTIVE`."""
     tables = run(folder / "duckdb", raw, "impressions", log=LOG.model_dump())
-    return [tables, *(judged(folder / f"duckdb-{n}", tables, DataSettings(), **s) for n, s in enumerate(CONTEXTS))]
+    return [
+        tables,
+        *(judged(folder / f"duckdb-{n}", tables, DataSettings(), **s) for n, s in enumerate(CONTEXTS)),
+        *(found_active(folder / f"users-{n}", tables, DataSettings(), **s) for n, s in enumerate(ACTIVE)),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +121,8 @@ BIGQUERY = DataSettings.model_validate({"engine": "bigquery", "bigquery": {"proj
 
 
 def check_rows(tmp_path: Path, raw: Path | str, data: DataSettings, expected: list[Path]) -> None:
-    here, *judged_here = expected
+    here, *later = expected
+    judged_here, active_here = later[: len(CONTEXTS)], later[len(CONTEXTS) :]
     there = run(tmp_path / "tables", raw, "impressions", data, log=LOG.model_dump())
     for table in ("interactions", "items"):
         assert same_rows(here, there, table), table
@@ -113,6 +131,10 @@ def check_rows(tmp_path: Path, raw: Path | str, data: DataSettings, expected: li
         found = judged(tmp_path / str(number), there, data, **settings)
         for table in ("contexts", "examples"):
             assert same_rows(wanted, found, table), (settings, table)
+        assert storage.read_manifest(wanted).facts == storage.read_manifest(found).facts
+    for number, (settings, wanted) in enumerate(zip(ACTIVE, active_here, strict=True)):
+        found = found_active(tmp_path / f"users-{number}", there, data, **settings)
+        assert same_rows(wanted, found, "users"), settings
         assert storage.read_manifest(wanted).facts == storage.read_manifest(found).facts
 
 
@@ -124,7 +146,8 @@ def test_the_awkward_log_has_what_engines_differ_in(expected: list[Path]) -> Non
     # Nulls come last.
     assert any(a is not None and b is None for a, b in tied) and not any(a is None and b is not None for a, b in tied)
     assert {"Amélie", "千と千尋の神隠し"} & {row["title"] for row in schema.rows(expected[0], "items")}
-    assert all(storage.read_manifest(path).facts["dropped_by_sampling"] for path in expected[1:])
+    assert all(storage.read_manifest(path).facts["dropped_by_sampling"] for path in expected[1:-1])
+    assert storage.read_manifest(expected[-1]).facts["dropped_inactive"]
 
 
 def test_a_spark_server_gives_identical_rows_and_is_left_clean(

@@ -8,7 +8,7 @@ from ibis import _
 from ibis.expr.types import Table, Value
 
 from trackrec.config import ContextsSettings
-from trackrec.data.recipe import SPLITS, earlier
+from trackrec.data.recipe import SPLITS, drawn, earlier
 
 _DAY = 86_400
 
@@ -56,7 +56,7 @@ def contexts(rows: Table, settings: ContextsSettings, seed: int) -> Table:
     first = ranked.filter(ranked.after == 0)
     limits = (settings.max_train_contexts, settings.max_valid_contexts, settings.max_test_contexts)
     if any(limit is not None for limit in limits):
-        place = ibis.row_number().over(group_by="earliest", order_by=[_drawn(seed, _.context_id), _.context_id])
+        place = ibis.row_number().over(group_by="earliest", order_by=[drawn(seed, _.context_id), _.context_id])
         limit = ibis.cases(
             *((_.earliest == part, ibis.null("int64") if limit is None else limit) for part, limit in enumerate(limits))
         )
@@ -82,7 +82,7 @@ def examples(rows: Table, contexts: Table, settings: ContextsSettings, seed: int
     items = train.group_by("item_id").agg(item_train_rows=_.count(), item_liked=_.label.sum())
     kept = rows.semi_join(contexts, "context_id")
     if settings.max_examples_per_context is not None:
-        order = [_drawn(seed, _.row_id.cast("string")), _.row_id]
+        order = [drawn(seed, _.row_id.cast("string")), _.row_id]
         kept = kept.mutate(place=ibis.row_number().over(group_by=["context_id", "part"], order_by=order))
         kept = kept.filter(kept.place < settings.max_examples_per_context)
     kept = kept.left_join(users, "user_id").left_join(items, "item_id")
@@ -101,11 +101,6 @@ def examples(rows: Table, contexts: Table, settings: ContextsSettings, seed: int
         item_train_rows=item_rows.cast("int32"),
         item_mean=ibis.ifelse(kept.part == 0, ibis.null("float64"), mean),
     )
-
-
-def _drawn(seed: int, identity: Value) -> Value:
-    """A draw that depends on the seed and the row alone: not on engine, order or sharding."""
-    return (identity + f":{seed}").hexdigest("sha256")
 
 
 def _number(split: Value) -> Value:

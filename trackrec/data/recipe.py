@@ -121,6 +121,11 @@ def earlier(value: Value, group_by: str, order_by: str, count: int) -> Value:
     return collected.fill_null(ibis.literal([], type=collected.type()))
 
 
+def drawn(seed: int, identity: Value) -> Value:
+    """A draw that depends on the seed and the row alone: not on engine, order or sharding."""
+    return (identity + f":{seed}").hexdigest("sha256")
+
+
 def at_least(rating: NumericValue, threshold: float) -> IntegerValue:
     """1 for liked (`rating` reaches `threshold`), else 0."""
     return (rating >= threshold).cast("int8")

@@ -113,6 +113,16 @@ TABLES: dict[str, pa.Schema] = {
             ("history", pa.list_(_EARLIER_SHOWN_ITEM)),
         ]
     ),
+    # What the batch job's pods did, one row a pod; `there` counts the files that an earlier try of it had finished.
+    "feature_shards": pa.schema(
+        [
+            ("shard", pa.int32()),
+            ("there", pa.int64()),
+            ("rows", pa.int64()),
+            ("copied", pa.int64()),
+            ("generated", pa.int64()),
+        ]
+    ),
     # A ranker's P(liked), under each of its seeds.
     "ranked": pa.schema([("row_id", pa.int64()), ("seed", pa.int32()), ("score", pa.float64())]),
 }

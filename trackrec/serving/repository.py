@@ -89,7 +89,7 @@ def write_generator(
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_MODEL)
     # A broken engine then unloads its model, so that the server is not ready any more.
     config.parameters["ENABLE_VLLM_HEALTH_CHECK"].string_value = "true"
-    # How many prompts wait, which Triton does not see: it hands each on at once.
+    # How many prompts wait is the backend's own metric: an autoscaler reads it.
     config.parameters["REPORT_CUSTOM_METRICS"].string_value = "true"
     _write_config(out, config, contract)
     return contract

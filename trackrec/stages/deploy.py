@@ -40,6 +40,8 @@ def run(settings: DeploySettings, *, repository: Path, rollout: Path, roll: Roll
     with storage.publish("deploy", settings, inputs={"repository": repository}, outputs={"rollout": rollout}) as job:
         held = storage.read_manifest(repository).content_hash
         uri = f"{settings.versions.rstrip('/')}/{held[:32]}"
+        if not storage.is_remote(uri):
+            Path(uri).parent.mkdir(parents=True, exist_ok=True)
         storage.upload(repository, uri)
         print(f"version {name} lies at {uri}", flush=True)
         done = roll(name, uri, lambda address: smoke.check(address, served))

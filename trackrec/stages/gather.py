@@ -19,7 +19,7 @@ _ALIKE = {"width"}
 class _Gathered(BaseModel):
     """What the stage's manifest names as its settings."""
 
-    table: Literal["recots", "rewards", "vectors"]
+    table: Literal["recots", "rewards", "vectors", "feature_shards"]
 
 
 def run(*, table: str, parts: Sequence[Path], joined: Path) -> None:

@@ -11,7 +11,7 @@ from trackrec.planning import estimate
 from trackrec.planning.estimate import Estimate
 from trackrec.planning.rates import Rates, Sizes, Splits
 from trackrec.planning.shapes import ModelShape, known
-from trackrec.preflight import models, surroundings
+from trackrec.preflight import models, serving, surroundings
 from trackrec.preflight.findings import Finding, PreflightError
 from trackrec.preflight.folders import can_be_read, open_folder
 from trackrec.run_config import RunConfig, secrets_of
@@ -26,17 +26,28 @@ _ANY = Sizes(
 )
 
 
-def run(config: RunConfig, *, root: str, raw_data: str, base_model: str, encoder: str, checks: Path) -> None:
+def run(
+    config: RunConfig,
+    *,
+    root: str,
+    raw_data: str,
+    base_model: str,
+    encoder: str,
+    checks: Path,
+    triton: str = "",
+    out: str = "",
+) -> None:
     """Writes what was found as Markdown, where nothing is wrong.
 
     Args:
         root: the URI under which the run's artifacts go.
         raw_data, base_model, encoder: their URIs in this run; an empty one is not used. Without a base model the run
             trains ranking models alone.
+        triton, out: Triton's address and the features' place, of the batch feature job alone, which trains nothing.
     Raises:
         PreflightError: all that is wrong, a line each.
     """
-    found = list(_findings(config, root, raw_data, base_model, encoder))
+    found = list(_findings(config, root, raw_data, base_model, encoder, triton, out))
     for finding in found:
         print(finding)
     faults = [finding for finding in found if finding.level == "fault"]
@@ -47,9 +58,11 @@ def run(config: RunConfig, *, root: str, raw_data: str, base_model: str, encoder
     checks.write_text("\n".join(f"- {finding}" for finding in found) + "\n", encoding="utf-8")
 
 
-def _findings(config: RunConfig, root: str, raw_data: str, base_model: str, encoder: str) -> Iterator[Finding]:
+def _findings(
+    config: RunConfig, root: str, raw_data: str, base_model: str, encoder: str, triton: str, out: str
+) -> Iterator[Finding]:
     teacher = config.distill_data.teacher if base_model and config.loop.distillation and config.distill_data else None
-    secrets = secrets_of(config, loop=bool(base_model)) if surroundings.in_pod() else {}
+    secrets = secrets_of(config, loop=bool(base_model), features=bool(triton)) if surroundings.in_pod() else {}
     if secrets:
         yield from surroundings.secrets(secrets)
     yield from surroundings.artifact_root(root)
@@ -57,7 +70,10 @@ def _findings(config: RunConfig, root: str, raw_data: str, base_model: str, enco
         yield from surroundings.raw_data(raw_data)
     if base_model:
         yield from models.base_model(base_model)
-    if config.ranking is not None:
+    if triton:
+        yield from serving.triton(triton, config.contexts.domain)
+        yield from serving.features(out, pod=surroundings.in_pod())
+    elif config.ranking is not None:
         yield from models.encoder(encoder, config.train_ctr.vector_width)
     if teacher is not None:
         yield from surroundings.teacher(teacher, looked_for=secrets)

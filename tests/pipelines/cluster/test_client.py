@@ -259,3 +259,24 @@ def test_a_server_that_is_not_there_is_one_line(trackrec: Run, server: KfpServer
     told = trackrec("status", "--host", "http://localhost:1", fails=True)
     assert "cannot be reached; give --host or set KF_PIPELINES_ENDPOINT" in told and told.count("\n") == 1
     assert "Connection refused" in told
+
+
+def test_each_run_of_a_schedule_works_for_its_own_day(server: KfpServer, trackrec: Run, config: str) -> None:
+    job = ("schedule", "features", "--config", config, "--cron", "0 0 3 * * *", "--pipeline", "batch_features")
+    place = ("--param", "out=gs://bucket/features", "--param", "triton=trackrec-triton:8001")
+    assert "features: new" in trackrec(*job, *place)
+    [made] = server.schedules.values()
+    # Kubeflow fills it in when it starts a run; one that still runs keeps the next one from starting.
+    assert made.runtime_config.parameters == {
+        "out": "gs://bucket/features",
+        "triton": "trackrec-triton:8001",
+        "dt": "[[ScheduledTime.2006-01-02]]",
+    }
+    assert made.max_concurrency == "1"
+    assert "features: unchanged" in trackrec(*job, *place)
+    assert "features: replaced" in trackrec(*job, *place, "--param", "dt=2026-11-28")
+    [fixed] = server.schedules.values()
+    assert fixed.runtime_config.parameters["dt"] == "2026-11-28"
+    # A run that is started by hand works for the day after the log's last, and other pipelines know of no day.
+    run = server.runs[run_in(trackrec("submit", "--config", config, "--pipeline", "batch_features", *place))]
+    assert "dt" not in run.runtime_config.parameters
