@@ -36,7 +36,8 @@ from trackrec.data import schema
 from trackrec.features import table as features
 from trackrec.serving import repository, server
 from trackrec.serving.contract import EncoderContract
-from trackrec.serving.feature_store import CACHE_ENV, ROOT_ENV
+from trackrec.serving.feature_store import CACHE_ENV
+from trackrec.serving.local import FEATURES_ENV
 
 MODELS = ("ranker_base", "ranker_trackrec")
 DATE = "2026-11-28"
@@ -309,7 +310,7 @@ def main() -> None:
         models = Path(folder) / "repository"
         write_models(models, args)
         write_features(Path(folder) / "features", args)
-        variables = {ROOT_ENV: f"{folder}/features", CACHE_ENV: f"{folder}/cache", "OMP_NUM_THREADS": "1"}
+        variables = {FEATURES_ENV: f"{folder}/features", CACHE_ENV: f"{folder}/cache", "OMP_NUM_THREADS": "1"}
         started = time.perf_counter()
         with server.running(models, Path(folder) / "server.log", models=MODELS, environment=variables) as running:
             print(f"ready after {time.perf_counter() - started:.0f} s with {args.users} users' features", flush=True)

@@ -53,6 +53,6 @@ def build(config: RunConfig) -> GraphComponent:
                 report = ranking.compared(turns.recots[t], t, ranked, report)
             report = ranking.compared(turns.recots[0], 0, ranked, report, variant="no alignment")
             report = ranking.compared(others.recots[last], last, ranked, report, variant="no distillation")
-        reported(config, report, tables.contexts, turns.recots[0], turns.recots[last])
+        reported(config, report, tables.contexts, turns.recots[0], turns.recots[last], full.untuned(turns))
 
     return ablations

@@ -207,7 +207,7 @@ def tables_of(record: recording.RunRecord, texts: str | None, iteration: int) ->
         iteration: the one that the report will name.
     """
     tables = single.find(record, "ingest").outputs | single.find(record, "contexts").outputs
-    written = list(record.of_stage("generate").values())
+    written = [task for task in record.of_stage("generate").values() if re.fullmatch(r"generate \d+", task.title)]
     task = single.find(record, texts) if texts else written[-1] if written else single.find(record, "generate")
     numbered = re.fullmatch(r"generate (\d+)", task.title)
     if not numbered:
@@ -247,6 +247,8 @@ def show(record: recording.RunRecord, root: Path) -> None:
         console.print(escape((report / reports.REPORT_MD).read_text(encoding="utf-8")), soft_wrap=True)
     if reports.read(report).rankings:
         console.print(escape((results / "rankings.md").read_text(encoding="utf-8")), soft_wrap=True)
+    if (efficiency := results / "efficiency.md").is_file():
+        console.print(escape(efficiency.read_text(encoding="utf-8")), soft_wrap=True)
     ran = [task for task in record.tasks.values() if task.stage and not task.cached]
     cached = [task for task in record.tasks.values() if task.cached]
     console.print(

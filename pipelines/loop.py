@@ -3,7 +3,7 @@
 The loop is unrolled in Python, so each iteration's stages are tasks of their own: cached, retried and re-run singly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, get_args
 
@@ -174,16 +174,30 @@ class Loop:
         # V is not tuned on the first G's texts. Valid's are always written, so that another `evaluate.split` runs the
         # evaluations again and nothing else.
         unread = {"train"} if t == 0 and not self.train_texts_of_first_generator else set()
-        greedy = partial(
+        return self._greedy(generator, [split for split in get_args(Split) if split not in unread], f"generate {t}")
+
+    def untuned(self, turns: Turns) -> PipelineArtifactChannel | None:
+        """The base model's greedy RecCoTs, of the contexts that the last G writes for: Table 5a compares both.
+
+        None where no G is aligned, or none of it is asked for.
+        """
+        if not self.config.loop.untuned or not self.config.loop.iterations:
+            return None
+        if not self.config.loop.distillation and self.train_texts_of_first_generator:
+            return turns.recots[0]  # the first G is the base model
+        return self._greedy(self.base, get_args(Split), "generate (untuned)")
+
+    def _greedy(self, generator: PipelineArtifactChannel, splits: Sequence[str], title: str) -> PipelineArtifactChannel:
+        task = partial(
             generate,
             settings=values(self.config.generate),
-            splits=[split for split in get_args(Split) if split not in unread],
+            splits=list(splits),
             examples=self.examples,
             contexts=self.contexts,
             base_model=self.base,
             generator=generator,
         )
-        return self._sharded("generate", f"generate {t}", greedy)
+        return self._sharded("generate", title, task)
 
     def _first_train_texts_are_read(self) -> bool:
         ranking = self.config.ranking

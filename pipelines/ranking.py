@@ -101,8 +101,9 @@ def reported(
     contexts: PipelineArtifactChannel,
     before: PipelineArtifactChannel | None,
     after: PipelineArtifactChannel,
+    untuned: PipelineArtifactChannel | None = None,
 ) -> None:
-    """The page: tables, tests, plots, and RecCoTs of the first and the last G side by side."""
+    """The page: tables, tests, plots, RecCoTs of the first and the last G side by side, and what a RecCoT costs."""
     assert report is not None  # at least one row is evaluated
-    task = compare(report=report, contexts=contexts, after=after, **given(before=before))
+    task = compare(report=report, contexts=contexts, after=after, **given(before=before, untuned=untuned))
     place(task, "compare", config)

@@ -45,6 +45,8 @@ def build(config: RunConfig) -> GraphComponent:
                 shuffled=True,
             )
 
+        untuned = loop.untuned(turns)
+
         # Preference utilization (3.6): the RecCoTs of the last G for every backbone (Table 2), those of the earlier for
         # some (Figure 5).
         report = loop.report
@@ -55,6 +57,6 @@ def build(config: RunConfig) -> GraphComponent:
             report = ranking.compared(
                 turns.recots[last], last, config.ranking.backbones, report, controls_of=config.ranking.controls_of
             )
-        reported(config, report, tables.contexts, turns.recots[0] if last else None, turns.recots[last])
+        reported(config, report, tables.contexts, turns.recots[0] if last else None, turns.recots[last], untuned)
 
     return trackrec

@@ -46,7 +46,7 @@ resolve data data,engines,serving --constraint requirements/dev.txt
 resolve train train,deepspeed,trainjob,gcs --constraint requirements/dev.txt
 resolve rank rank,gcs --constraint requirements/dev.txt
 # Its numpy is older than the rest's, and so may be what else wants numpy.
-grep -vE '^(numpy|scipy|pandas)==' requirements/dev.txt >"$scratch/not_numpy.txt"
+grep -vE '^(numpy|scipy|pandas|pyarrow)==' requirements/dev.txt >"$scratch/not_numpy.txt"
 glibc=2_35
 resolve triton-cpu triton-cpu,gcs --constraint "$scratch/not_numpy.txt"
 glibc=2_28

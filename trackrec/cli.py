@@ -11,6 +11,7 @@ from rich.markdown import Markdown
 
 from trackrec import config_file, planning, storage
 from trackrec import fetch as fetching
+from trackrec.abtest.command import abtest
 from trackrec.config import IngestSettings
 from trackrec.config_file import explain, parse
 from trackrec.data_config import DataSettings
@@ -19,6 +20,7 @@ from trackrec.data_config import DataSettings
 _PLAN_WIDTH = 170
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(abtest)
 
 
 @app.command()

@@ -56,6 +56,9 @@ class LoopSettings(Settings):
     validator_init: Literal["previous", "base"] = "previous"
     # Figure 1's controls (no RecCoT: zero-shot and tuned) and RecCoTs shuffled between users.
     controls: bool = True
+    # Also the RecCoTs of the base model as it is, which the aligned G's length and speed are compared with (Table 5a):
+    # one more `generate`.
+    untuned: bool = True
 
 
 class RankingSettings(Settings):

@@ -14,6 +14,7 @@ def compare(
     page: Output[HTML],
     before: Input[Dataset] = None,
     after: Input[Dataset] = None,
+    untuned: Input[Dataset] = None,
 ) -> None:
     """Makes the final report: tables with significance tests, plots and examples, as one HTML page and as CSV.
 
@@ -24,6 +25,7 @@ def compare(
         page: The same page, drawn on the run's page.
         before: Table `recots` of the first generator, for the examples.
         after: Table `recots` of the last generator.
+        untuned: Table `recots` of the base model as it is, for Table 5a.
     """
     import shutil
     from pathlib import Path
@@ -35,6 +37,7 @@ def compare(
         contexts=Path(contexts.path),
         before=Path(before.path) if before else None,
         after=Path(after.path) if after else None,
+        untuned=Path(untuned.path) if untuned else None,
         results=Path(results.path),
     )
     shutil.copyfile(Path(results.path) / "report.html", page.path)

@@ -100,6 +100,39 @@ def test_the_first_g_writes_train_texts_where_they_are_read(tmp_path: Path, over
     assert splits == [first] + [["train", "valid", "test"]] * 3
 
 
+def test_the_untuned_generator_writes_what_the_aligned_one_does(ml_1m: Compiled) -> None:
+    """Table 5a: the base model, on the prompts and under the settings of the last G."""
+    untuned, last = "generate (untuned)", "generate 3"
+    assert ml_1m.source("compare", "untuned") == f"{untuned}/recots"
+    assert ml_1m.source(untuned, "generator") == "base model/artifact"
+    for name in ("settings", "splits"):
+        assert ml_1m.parameter(untuned, name) == ml_1m.parameter(last, name)
+    for name in ("examples", "contexts", "base_model"):
+        assert ml_1m.source(untuned, name) == ml_1m.source(last, name)
+    assert ml_1m.executor(untuned)["container"]["image"] == ml_1m.executor(last)["container"]["image"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "source"),
+    [
+        (["loop.untuned=false"], None),
+        (["loop.iterations=0"], None),
+        # The first G is the base model: it writes for train as well where Figure 5 reads that, or else once more.
+        (["loop.distillation=false"], "generate 0/recots"),
+        (["loop.distillation=false", "ranking.by_iteration_of=[]"], "generate (untuned)/recots"),
+    ],
+)
+def test_the_untuned_generator_runs_where_it_is_needed(
+    tmp_path: Path, overrides: list[str], source: str | None
+) -> None:
+    pipeline = compiled("quickstart", tmp_path, *overrides)
+    assert ("generate (untuned)" in pipeline.tasks) == (source == "generate (untuned)/recots")
+    if source is None:
+        assert "untuned" not in pipeline.tasks["compare"]["inputs"]["artifacts"]
+    else:
+        assert pipeline.source("compare", "untuned") == source
+
+
 @pytest.mark.parametrize("override", ["seed=1", "loop.validator_init=base", "loop.distillation=false"])
 def test_what_is_written_is_read(tmp_path: Path, override: str) -> None:
     """Every model and every text; V and the texts of the last iteration by its evaluation."""

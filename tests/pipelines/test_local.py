@@ -100,6 +100,9 @@ def test_a_whole_run_ends_in_the_table(whole: tuple[Path, str, RunRecord]) -> No
         for artifact in task.outputs.values():
             assert Path(artifact.uri).exists()
             assert artifact.uri in output
+    # Table 5a, of the same contexts.
+    assert re.search(r"\| untuned \| 10 \| [\d.]+ \| [\d.]+ \| \d+% \| [\d.]+ \|", output)
+    assert re.search(r"\| aligned \| 10 \| [\d.]+ \| [\d.]+ \| \d+% \| [\d.]+ \|", output)
     report = re.search(r"The report: (\S+/report.html)", output)
     assert report and "Table 2" in Path(report[1]).read_text(encoding="utf-8")
 
@@ -337,7 +340,8 @@ def test_which_task_is_meant(quick: tuple[Path, tuple[str, ...]]) -> None:
     assert single.find(record, "ingest").stage == "ingest"
     assert single.find(record, "generate 1").title == "generate 1"
     with pytest.raises(
-        LookupError, match=r"several tasks of the stage 'generate'; name one: 'generate [01]', 'generate [01]'"
+        LookupError,
+        match=r"several tasks of the stage 'generate'; name one: '(generate ([01]|\(untuned\))(', '|')){3}",
     ):
         single.find(record, "generate")
     with pytest.raises(LookupError, match="no stage or task 'sampel'"):

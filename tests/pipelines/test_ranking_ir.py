@@ -129,6 +129,7 @@ def test_without_distillation_g_begins_as_the_base_model(ablations: Compiled) ->
     assert ablations.source("sample 1, no distillation", "generator") == "base model/artifact"
     assert ablations.source("generate 3, no distillation", "generator") == "sdpo 3, no distillation/aligned"
     assert ablations.source("generate 0", "generator") == "sft_generator/generator"
+    assert ablations.source("compare", "untuned") == "generate (untuned)/recots"
 
 
 def test_the_ablations_rankers(ablations: Compiled) -> None:

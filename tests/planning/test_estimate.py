@@ -58,8 +58,8 @@ def test_tokens_of_every_stage_by_hand() -> None:
     assert found["score"].prompts == 3 * 20 * 10
     row = 100 + 10 * 50
     assert found["sdpo"].tokens == {"train": 3 * 10 * row, "read": 3 * 10 * row}
-    # The first G writes train's, too: Figure 5 ranks with them.
-    assert found["generate"].tokens == {"read": 4 * 15 * 100, "write": 4 * 15 * 50}
+    # The first G writes train's, too: Figure 5 ranks with them. The untuned model writes all: Table 5a.
+    assert found["generate"].tokens == {"read": 5 * 15 * 100, "write": 5 * 15 * 50}
     assert found["rec_tune"].tokens == {"train": 3 * (3 * 20 * 170 + 3 * 20 * 115)}
     # Test: six examples in three contexts; five evaluations with texts, two without.
     assert found["evaluate"].tokens == {"read": 5 * (3 * 90 + 6 * 80) + 2 * (3 * 90 + 6 * 25)}
@@ -74,7 +74,8 @@ def test_what_settings_do_to_the_work() -> None:
     assert stages("loop.validator_init=base")["rec_tune"].tasks == 4
     assert stages("contexts.max_train_contexts=5")["rec_tune"].tokens == {"train": 3 * 3 * 10 * (170 + 115)}
     assert stages("rec_tune.max_examples=4")["rec_tune"].prompts == 6 * 4
-    assert stages("ranking.by_iteration_of=[]")["generate"].contexts == 3 * 15 + 5
+    assert stages("ranking.by_iteration_of=[]")["generate"].contexts == 4 * 15 + 5
+    assert stages("ranking.by_iteration_of=[]", "loop.untuned=false")["generate"].contexts == 3 * 15 + 5
     assert "sdpo" not in stages("loop.iterations=0") and "distill_data" not in stages("loop.distillation=false")
     # Snapshots: as many examples as the cap allows.
     capped = ("contexts.kind=snapshot", "contexts.max_train_contexts=2", "contexts.max_examples_per_context=4")
@@ -88,6 +89,8 @@ def test_what_settings_do_to_the_work() -> None:
         (ML_1M, ["loop.validator_init=base", "ranking.by_iteration_of=[din,dcn]", "ranking.controls_of=[]"]),
         (QUICKSTART, []),
         (QUICKSTART, ["loop.controls=false", "loop.distillation=false"]),
+        (QUICKSTART, ["loop.distillation=false", "ranking.by_iteration_of=[]"]),
+        (QUICKSTART, ["loop.untuned=false"]),
         (QUICKSTART, ["loop.iterations=0"]),
         (Path("pipelines/configs/ml-1m-smollm2.yaml"), []),
     ],

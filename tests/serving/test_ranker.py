@@ -25,7 +25,8 @@ from tests.serving.ranking import (
 )
 from trackrec.serving import server
 from trackrec.serving.contract import RankerContract
-from trackrec.serving.feature_store import CACHE_ENV, ROOT_ENV, SECONDS_ENV
+from trackrec.serving.feature_store import CACHE_ENV, SECONDS_ENV
+from trackrec.serving.local import FEATURES_ENV
 
 MODELS = ("ranker_base", "ranker_trackrec")
 # The second commits of a test follow each other: a look costs little.
@@ -54,7 +55,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         with (repository / name / "config.pbtxt").open("a", encoding="utf-8") as config:
             config.write("instance_group { count: 1 kind: KIND_CPU }\n")
     write_features(features, "2026-11-01", USERS)
-    variables = {ROOT_ENV: str(features), CACHE_ENV: str(cache), SECONDS_ENV: LOOK_SECONDS}
+    variables = {FEATURES_ENV: str(features), CACHE_ENV: str(cache), SECONDS_ENV: LOOK_SECONDS}
     with server.running(repository, folder / "server.log", models=MODELS, environment=variables) as running:
         yield Serving(running, repository, features, cache)
 
@@ -85,6 +86,21 @@ def test_the_scores_are_the_rankers_own(serving: Serving, model: str) -> None:
         list(pool.map(one, range(100)))
     contract = RankerContract.of(client.get_model_config(model))
     assert contract.uses_recot == (model == "ranker_trackrec")
+
+
+def test_the_processes_of_a_model_share_its_table(serving: Serving) -> None:
+    maps = [path for path in Path("/proc").glob("[0-9]*/maps") if mapped(path, serving.cache)]
+    assert len(maps) == 4
+    assert len(set.union(*(mapped(path, serving.cache) for path in maps))) == len(MODELS)
+
+
+def mapped(maps: Path, cache: Path) -> set[str]:
+    """The files of hashes in `cache` that a process has in memory."""
+    try:
+        lines = maps.read_text().splitlines()
+    except OSError:  # it has ended, or is another's
+        return set()
+    return {line.split()[-1] for line in lines if str(cache) in line and line.endswith("hash.npy")}
 
 
 def test_a_malformed_request_fails_alone(serving: Serving) -> None:

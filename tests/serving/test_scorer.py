@@ -9,6 +9,7 @@ import pytest
 from tests.serving.ranking import ASKED_ITEMS, ASKED_USERS, SEED, USERS, reference, write_features, write_ranker
 from trackrec.config import Backbone
 from trackrec.features.partition import Place, read_manifest
+from trackrec.serving import scorer as scorers
 from trackrec.serving.contract import RankerContract
 from trackrec.serving.feature_table import FeatureTable, open_or_build
 from trackrec.serving.scorer import Scorer
@@ -53,3 +54,18 @@ def test_without_a_feature_table_every_user_is_nobody(tmp_path: Path) -> None:
     scorer = Scorer(model / "1", SEED)
     found = scorer.score([b"u0"], scorer.no_one(), [[item.encode() for item in ASKED_ITEMS]])
     np.testing.assert_allclose(found, reference(model, [], ["u0"], ASKED_ITEMS), rtol=2e-5)
+
+
+def test_many_candidates_are_scored_in_several_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that end inside a user's candidates, and hold those of several."""
+    contract = write_ranker(tmp_path, "din", reads=True)
+    write_features(tmp_path / "features", "2026-11-28", USERS)
+    scorer = Scorer(tmp_path / "ranker_trackrec/1", SEED)
+    table = table_of(tmp_path / "features", "2026-11-28", scorer, contract, tmp_path / "cache")
+    users, items = ([text.encode() for text in texts] for texts in (ASKED_USERS, ASKED_ITEMS))
+    asked = [items[: 1 + k % 6] for k in range(len(users))]
+    whole = scorer.score(users, table.users(table.rows(users)), asked)
+    for rows in (1, 4, 7):
+        monkeypatch.setattr(scorers, "_CHUNK", rows)
+        for scores, expected in zip(scorer.score(users, table.users(table.rows(users)), asked), whole, strict=True):
+            np.testing.assert_allclose(scores, expected, rtol=2e-5)

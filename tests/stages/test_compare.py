@@ -48,6 +48,22 @@ def texts(directory: Path, names: str, text: str) -> Path:
     return publish(directory, recots=[*rows, {"context_id": names[0], "sample": 1, "text": "another sample"}])
 
 
+def decoded(directory: Path, tokens: dict[str, int], facts: dict[str, float]) -> Path:
+    """Greedy RecCoTs of so many tokens by context, 80 being the limit; of each another sample, which nothing reads."""
+    rows = [
+        {
+            "context_id": name,
+            "sample": sample,
+            "text": "text",
+            "num_tokens": count + sample,
+            "finish_reason": "length" if count == 80 else "stop",
+        }
+        for name, count in tokens.items()
+        for sample in (0, 1)
+    ]
+    return publish(directory, facts=facts, recots=rows)
+
+
 def contexts(directory: Path, names: str) -> Path:
     history = [{"title": f"{HOSTILE} {n}", "rating": 4.5 if n % 2 else None, "label": n % 2} for n in range(20)]
     shared = {"user_id": "u", "as_of": 1, "split": "test", "domain": "movies"}
@@ -182,6 +198,33 @@ def test_the_same_bytes_again(tmp_path: Path, results: Path) -> None:
         examples=2,
     )
     assert storage.content_hash(tmp_path / "again") == before
+
+
+def test_efficiency(tmp_path: Path) -> None:
+    untuned = decoded(tmp_path / "untuned", {"a": 80, "b": 70, "c": 60}, {"decoded": 3, "seconds_per_recot": 1.5})
+    after = decoded(tmp_path / "after", {"a": 50, "b": 41, "c": 29}, {"decoded": 2, "seconds_per_recot": 0.75})
+    results = made(tmp_path, report(rows=ROWS), untuned=untuned, after=after)
+    assert rows(results, "efficiency") == [
+        {
+            "model": "untuned", "recots": "3", "mean_tokens": "70.0", "p95_tokens": "79.0", "cut": "0.3333333333333333",
+            "seconds": "1.5", "timed": "3",
+        },
+        {
+            "model": "aligned", "recots": "3", "mean_tokens": "40.0", "p95_tokens": "49.1", "cut": "0.0",
+            "seconds": "0.75", "timed": "2",
+        },
+    ]  # fmt: skip
+    assert "| aligned | 3 | 40.0 | 49.1 | 0% | 0.750 |" in (results / "efficiency.md").read_text()
+    text = page(results)
+    assert 'id="efficiency"' in text and 'href="#efficiency"' in text
+    verdict = "RecCoTs are shorter: 40.0 tokens against 70.0 of the untuned model"
+    assert text.count(verdict) == 1 and "one takes 0.750 s against 1.500 s (0.50 times)" in text
+    assert storage.read_manifest(results).inputs.keys() == {"report", "contexts", "after", "untuned"}
+
+
+def test_without_an_untuned_generator_there_is_no_efficiency(results: Path) -> None:
+    assert not (results / "efficiency.csv").exists() and not (results / "efficiency.md").exists()
+    assert "efficiency" not in page(results)
 
 
 def test_without_rankings(tmp_path: Path) -> None:

@@ -139,6 +139,15 @@ def test_a_model_that_the_server_does_not_load_is_not_published(tmp_path: Path, 
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_without_a_server_nothing_is_written(
+    tmp_path: Path, given: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(server.ENV, str(tmp_path / "none"))
+    monkeypatch.setattr(repository, "write_generator", lambda *_, **__: pytest.fail("it was written"))
+    with pytest.raises(server.ServerError, match=r"make one with `bash images/triton/venv\.sh`"):
+        exported(tmp_path / "repository", given)
+
+
 def test_what_does_not_fit_together_is_refused_before_anything_is_written(
     tmp_path: Path, given: dict[str, Path]
 ) -> None:

@@ -61,6 +61,8 @@ def test_a_killed_stage_decodes_only_what_is_left(
     monkeypatch.setattr(decoding, "open_engine", watched(None, asked))
     write(tmp_path, tiny_model, ALL)
     assert asked == [6, 2]
+    facts = storage.read_manifest(out).facts
+    assert (facts["recots"], facts["decoded"]) == (6, 2) and facts["seconds_per_recot"] > 0
     assert [row["context_id"] for row in schema.rows(out, "recots")] == [f"c{k}" for k in range(6)]
 
 

@@ -49,7 +49,9 @@ def test_each_train_context_gets_n_samples_of_their_own_seeds(
     assert (facts["contexts"], facts["recots"], facts["tokens"]) == (4, 12, sum(tokens))
     assert facts["mean_tokens"] == pytest.approx(sum(tokens) / 12)
     assert facts["finished"] == Counter(row["finish_reason"] for row in rows)["stop"] / 12
-    assert facts["tokens_per_second"] > 0
+    assert facts["decoded"] == 12
+    # Both of the same seconds.
+    assert facts["seconds_per_recot"] * facts["tokens_per_second"] == pytest.approx(facts["mean_tokens"], rel=0.01)
 
 
 def test_the_seed_and_the_iteration_decide(tiny_model: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from trackrec.stages import decoding, encode, gather, generate, sample, score
 DEFAULT = EngineSettings()
 # A stage with its inputs, but for its output and its shard.
 Stage = Callable[[Path, Shard], None]
-SPEEDS = {"tokens_per_second", "texts_per_second"}
+SPEEDS = {"tokens_per_second", "texts_per_second", "seconds_per_recot"}
 # One context a batch: then not even rounding depends on which others are worked on.
 ALONE = EngineSettings(batch_tokens=1)
 
@@ -114,9 +114,8 @@ def test_the_real_model_writes_the_same_table_in_any_number_of_shards(
     for shards in (2, 3):
         found = joined(stage, "recots", tmp_path, shards)
         assert storage.content_hash(found) == storage.content_hash(expected)
-        assert storage.read_manifest(found).facts == counted(expected) | {
-            "tokens_per_second": storage.read_manifest(found).facts["tokens_per_second"]
-        }
+        facts = storage.read_manifest(found).facts
+        assert facts == counted(expected) | {name: facts[name] for name in ("tokens_per_second", "seconds_per_recot")}
 
 
 @pytest.mark.usefixtures("_one_engine")
@@ -142,6 +141,17 @@ def test_the_same_vectors_in_any_number_of_shards(tmp_path: Path, of_history: bo
         assert ours["vector"] == pytest.approx(theirs["vector"], abs=1e-5)
     facts = storage.read_manifest(three).facts
     assert (facts["texts"], facts["contexts"], facts["width"], facts["cut"]) == (8, 4, 384, 0)
+
+
+def test_the_seconds_of_a_recot_are_all_pods_seconds_over_their_texts(tmp_path: Path) -> None:
+    parts = []
+    for number, (decoded, seconds) in enumerate([(3, 1.0), (1, 2.0), (0, 0.0)]):
+        row = {"context_id": f"c{number}", "sample": 0, "text": "text", "model": "m"}
+        facts = {"recots": 4, "decoded": decoded, "seconds_per_recot": seconds, "shard": number, "shards": 3}
+        parts.append(publish(tmp_path / str(number), facts=facts, recots=[row]))
+    gather.run(table="recots", parts=parts, joined=tmp_path / "joined")
+    facts = storage.read_manifest(tmp_path / "joined").facts
+    assert (facts["decoded"], facts["seconds_per_recot"]) == (4, (3 * 1.0 + 1 * 2.0) / 4)
 
 
 def test_shards_share_the_contexts_without_overlap_and_evenly() -> None:
@@ -175,6 +185,7 @@ def test_of_fewer_contexts_than_shards_some_write_an_empty_part_without_a_model(
         assert storage.content_hash(found) == storage.content_hash(expected)
         facts = storage.read_manifest(found).facts
         assert facts.pop("tokens_per_second") > 0
+        assert facts.pop("seconds_per_recot", 1) > 0
         assert facts == counted(expected)
         asked.clear()
     encoded = encoding(tmp_path / "encode", of_history=False)

@@ -189,3 +189,14 @@ def test_write_atomic_replaces_whole(tmp_path: Path) -> None:
     storage.write_atomic(path, json.dumps({"a": 1}).encode())
     storage.write_atomic(path, b"{}")
     assert path.read_bytes() == b"{}" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_link_is_moved_and_nothing_else_is_replaced_by_one(tmp_path: Path) -> None:
+    newest = tmp_path / "newest"
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        storage.link(newest, tmp_path / name)
+        assert newest.resolve() == tmp_path / name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "newest", "second"]
+    with pytest.raises(storage.OccupiedError, match="first is no link"):
+        storage.link(tmp_path / "first", tmp_path / "second")

@@ -9,7 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from trackrec.config import Split
-from trackrec.evaluation import plots, tables
+from trackrec.evaluation import efficiency, plots, tables
+from trackrec.evaluation.efficiency import Efficiency
 from trackrec.evaluation.plots import Drawing
 from trackrec.evaluation.report import Report, notes
 from trackrec.evaluation.tables import METRICS, SLICES, Table
@@ -40,8 +41,8 @@ def cut(text: str, characters: int) -> Cut:
     return Cut(text[:characters], max(0, len(text) - characters))
 
 
-def render(report: Report, examples: Sequence[Shown]) -> str:
-    """The page. The same report and examples give the same bytes."""
+def render(report: Report, examples: Sequence[Shown], costs: Efficiency | None = None) -> str:
+    """The page. The same report, examples and costs give the same bytes."""
     found = tables.tables(report)
     rows = plots.tokens(report)
     return (
@@ -54,6 +55,8 @@ def render(report: Report, examples: Sequence[Shown]) -> str:
             metrics=METRICS,
             slices=SLICES,
             ranked=_ranked(report),
+            costs=costs,
+            costs_title=efficiency.TITLE,
             tokens=rows,
             tokens_verdict=plots.tokens_verdict(rows) if rows else "",
             tokens_figure=plots.lengths(rows) if rows else None,

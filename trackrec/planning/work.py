@@ -95,8 +95,10 @@ def _loop(config: RunConfig, contexts: Splits, examples: Splits, lengths: Length
         trained = sets * row * config.sdpo.epochs
         yield Work("sdpo", turns, turns * drawn, turns * sets, {"train": turns * trained, "read": turns * drawn * row})
     written = turns * contexts.all + (contexts.all if _first_train_texts(config) else contexts.valid + contexts.test)
+    untuned = 1 if _untuned_is_written(config) else 0
+    written += untuned * contexts.all
     tokens: dict[Kind, float] = {"read": written * lengths.prompt, "write": written * lengths.recot}
-    yield Work("generate", turns + 1, written, written, tokens)
+    yield Work("generate", turns + 1 + untuned, written, written, tokens)
     if turns:
         again = (turns if config.loop.validator_init == "previous" else 1) if controls else 0
         own = min(examples.train, config.rec_tune.max_examples or examples.train)
@@ -146,3 +148,9 @@ def _first_train_texts(config: RunConfig) -> bool:
     ranking = config.ranking
     read = ranking is not None and (bool(ranking.by_iteration_of) or not config.loop.iterations)
     return read or config.evaluate.split == "train"
+
+
+def _untuned_is_written(config: RunConfig) -> bool:
+    """Whether the base model writes texts of its own for Table 5a (`pipelines/loop.py`)."""
+    is_first = not config.loop.distillation and _first_train_texts(config)
+    return config.loop.untuned and config.loop.iterations > 0 and not is_first

@@ -12,10 +12,11 @@ from trackrec.features.table import SUCCESS, date_folder, date_of
 from trackrec.serving import feature_table
 from trackrec.serving.contract import RankerContract
 from trackrec.serving.feature_table import FeatureTable
+from trackrec.serving.local import FEATURES_ENV
 from trackrec.serving.scorer import Scorer
 
-# Where the feature table is, a folder or gs://…; where its arrays are kept; how often a new date is looked for.
-ROOT_ENV, CACHE_ENV, SECONDS_ENV = "TRACKREC_FEATURES", "TRACKREC_FEATURES_CACHE", "TRACKREC_FEATURES_SECONDS"
+# Where the feature table's arrays are kept, and how often a new date is looked for.
+CACHE_ENV, SECONDS_ENV = "TRACKREC_FEATURES_CACHE", "TRACKREC_FEATURES_SECONDS"
 _SECONDS = 30.0
 # A thread of this niceness builds in the time that requests leave.
 _NICE = 10
@@ -63,8 +64,11 @@ class FeatureStore:
             with contextlib.suppress(OSError, AttributeError):  # of this thread alone, on Linux
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
             while not self._ended.wait(seconds):
-                self.look()
-                after()
+                try:
+                    self.look()
+                    after()
+                except Exception as error:  # or no later date would ever be served
+                    self._log(f"looking for features failed: {error!r}; {self._instead()}")
 
         self._thread = threading.Thread(target=work, name="features", daemon=True)
         self._thread.start()
@@ -116,9 +120,9 @@ class FeatureStore:
 
 def of_environment(scorer: Scorer, contract: RankerContract, log: Callable[[str], None]) -> FeatureStore | None:
     """The store that the environment names, after its first look; None where it names none."""
-    root = os.environ.get(ROOT_ENV)
+    root = os.environ.get(FEATURES_ENV)
     if not root:
-        log(f"{ROOT_ENV} names no feature table: no user has a history or a RecCoT")
+        log(f"{FEATURES_ENV} names no feature table: no user has a history or a RecCoT")
         return None
     cache = Path(os.environ.get(CACHE_ENV) or Path(tempfile.gettempdir()) / "trackrec-features")
     cache.mkdir(parents=True, exist_ok=True)

@@ -195,10 +195,12 @@ def _batches(date: Place, manifest: features.Manifest, columns: list[str]) -> It
         filesystem, path = date.arrow(shard.path)
         try:
             with filesystem.open_input_file(path) as source, _opened(source) as file:
+                if missing := set(columns) - set(file.schema_arrow.names):
+                    raise FeatureTableError(f"{date}/{shard.path} lacks the columns {', '.join(sorted(missing))}")
                 if file.metadata.num_rows != shard.rows:
                     raise FeatureTableError(f"{date}/{shard.path} has {file.metadata.num_rows} rows, not {shard.rows}")
                 yield from (batch for batch in file.iter_batches(_ROWS, columns=columns) if batch.num_rows)
-        except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        except pa.ArrowException as error:
             raise FeatureTableError(f"{date}/{shard.path} cannot be read: {error}; write it again") from error
 
 

@@ -22,6 +22,8 @@ from trackrec.ctr.features import Numbering
 from trackrec.data import schema
 
 _FIRST = UNKNOWN + 1
+# Candidates in one pass: more are not faster, and of each there are L earlier items in memory, some layers wide.
+_CHUNK = 2000
 
 
 class Users(NamedTuple):
@@ -84,19 +86,26 @@ class Scorer:
         return found
 
     def score(self, user_ids: Sequence[bytes], users: Users, item_ids: Sequence[Sequence[bytes]]) -> list[np.ndarray]:
-        """P(liked) of each user's candidates, in their order: float32 [candidates], all in one pass.
+        """P(liked) of each user's candidates, in their order: float32 [candidates].
 
         Args:
             user_ids: [n], UTF-8; `users` has their rows in this order.
             item_ids: each user's candidates, UTF-8.
         """
         numbers = [list(map(self._items.get, ids, repeat(UNKNOWN))) for ids in item_ids]
-        counts = [len(ids) for ids in numbers]
+        counts = np.array([len(ids) for ids in numbers])
         user = torch.tensor(list(map(self._users.get, user_ids, repeat(UNKNOWN))))
         item = torch.tensor([number for ids in numbers for number in ids])
-        owner = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+        owner = np.repeat(np.arange(len(counts)), counts)
+        scores = np.empty(len(owner), dtype=np.float32)
         with torch.inference_mode():
-            scores = self._program(user, *users, item, owner).numpy()
+            for start in range(0, len(owner), _CHUNK):
+                rows = slice(start, start + _CHUNK)
+                # Only the users of these rows: neighbours.
+                first, last = owner[rows][0], owner[rows][-1] + 1
+                own = torch.from_numpy(owner[rows] - first)
+                known = (part[first:last] for part in users)
+                scores[rows] = self._program(user[first:last], *known, item[rows], own).numpy()
         return np.split(scores, np.cumsum(counts)[:-1])
 
 

@@ -152,6 +152,15 @@ def running(
         server.stop()
 
 
+def check_installed() -> None:
+    """
+    Raises:
+        ServerError: no server is installed here.
+    """
+    if not (INSTALLED / "bin/tritonserver").is_file():
+        _environment()
+
+
 def _installation(scratch: Path) -> tuple[list[str], dict[str, str]]:
     """The command and the variables of the server that is installed here."""
     if (INSTALLED / "bin/tritonserver").is_file():

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,14 +12,15 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from trackrec import storage
 from trackrec.data import schema
-from trackrec.evaluation import page, plots, tables
+from trackrec.evaluation import efficiency, page, plots, tables
 from trackrec.evaluation import report as reports
 from trackrec.evaluation.arms import Metric
+from trackrec.evaluation.efficiency import Efficiency
 from trackrec.evaluation.report import RankedBy, Report
 from trackrec.evaluation.tables import Effect, Table
 from trackrec.prompts.render import ShownItem
 
-PAGE, MARKDOWN = "report.html", "rankings.md"
+PAGE, MARKDOWN, EFFICIENCY = "report.html", "rankings.md", "efficiency.md"
 
 
 class _Settings(BaseModel):
@@ -40,14 +42,16 @@ def run(
     results: Path,
     before: Path | None = None,
     after: Path | None = None,
+    untuned: Path | None = None,
     examples: int = 5,
 ) -> None:
-    """Writes `report.html`, `rankings.md` and the CSV files of the tables that the report has runs for.
+    """Writes `report.html`, `rankings.md`, `efficiency.md` and the CSV files of the tables that there are runs for.
 
     Args:
         report: the run's whole report.
         contexts: the histories of the examples.
         before, after: table `recots`, G's texts before the first alignment and after the last, for the examples.
+        untuned: table `recots` of the base model as it is; with `after` it gives Table 5a.
         examples: how many contexts the page shows, the first by id of those that all given tables have.
 
     Facts: `tables`, `tests`, `better`, `worse`, `not_told_apart` (distinct tests by outcome), `examples`.
@@ -57,13 +61,17 @@ def run(
     """
     settings = _Settings(examples=examples)
     texts = {name: path for name, path in {"before": before, "after": after}.items() if path is not None}
-    inputs = {"report": report, "contexts": contexts} | texts
+    inputs = {"report": report, "contexts": contexts} | texts | ({} if untuned is None else {"untuned": untuned})
     with storage.publish("compare", settings, inputs=inputs, outputs={"results": results}) as job:
         found = reports.read(report)
         compared = tables.tables(found)
         shown = _examples(settings, contexts, texts)
+        costs = _efficiency(untuned, after) if untuned is not None and after is not None else None
         out = job.outputs["results"]
-        (out / PAGE).write_text(page.render(found, shown), encoding="utf-8")
+        (out / PAGE).write_text(page.render(found, shown, costs), encoding="utf-8")
+        if costs is not None:
+            (out / EFFICIENCY).write_text(efficiency.markdown(costs), encoding="utf-8")
+            _write(out / "efficiency.csv", map(asdict, costs.costs))
         (out / MARKDOWN).write_text(markdown(compared), encoding="utf-8")
         for name, rows in _files(found, compared):
             _write(out / f"{name}.csv", rows)
@@ -121,6 +129,25 @@ _HEADINGS = {"before": "Before the first alignment", "after": "After the last al
 def _greedy(recots: Path) -> dict[str, str]:
     rows = schema.rows(recots, "recots", ["context_id", "sample", "text"])
     return {row["context_id"]: row["text"] for row in rows if row["sample"] == 0}
+
+
+def _efficiency(untuned: Path, aligned: Path) -> Efficiency | None:
+    sides = [
+        {
+            row["context_id"]: (row["num_tokens"], row["finish_reason"] == "length")
+            for row in schema.rows(path, "recots", ["context_id", "sample", "num_tokens", "finish_reason"])
+            if row["sample"] == 0 and row["num_tokens"] is not None
+        }
+        for path in (untuned, aligned)
+    ]
+    timings = []
+    for path in (untuned, aligned):
+        manifest = storage.read_manifest(path)
+        facts = manifest.facts
+        timings.append(
+            efficiency.Timing(int(facts.get("decoded", 0)), facts.get("seconds_per_recot", 0.0), manifest.settings)
+        )
+    return efficiency.measured((sides[0], sides[1]), (timings[0], timings[1]))
 
 
 def _line(item: ShownItem) -> str:

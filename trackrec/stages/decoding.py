@@ -33,9 +33,10 @@ def write_recots(
     """Decodes `contexts` with G and writes table `recots` to output "recots"; a killed stage decodes only what is left.
 
     Facts: `contexts`, `recots`, `tokens`, `mean_tokens`, `finished` (the share that ended by itself), and for the texts
-    of this try `tokens_per_second`.
+    of this try `decoded` (their number), `seconds_per_recot` and `tokens_per_second`. Many are decoded at once, so the
+    seconds are those of the work, not what one text takes.
     """
-    written, seconds = 0, 0.0
+    decoded, written, seconds = 0, 0, 0.0
     with Journal(job.work / "recots.jsonl") as journal:
         done = {record["context_id"]: record["completions"] for record in journal.records}
         waiting = [context for context in contexts if context["context_id"] not in done]
@@ -52,6 +53,7 @@ def write_recots(
                         record = [[c.text, c.num_tokens, c.finish_reason] for c in completions]
                         journal.append({"context_id": names[index], "completions": record})
                         done[names[index]] = record
+                        decoded += len(completions)
                         written += sum(c.num_tokens for c in completions)
                         bar.update(1)
             seconds = time.monotonic() - started
@@ -75,5 +77,7 @@ def write_recots(
         "tokens": sum(row["num_tokens"] for row in rows),
         "mean_tokens": fmean(row["num_tokens"] for row in rows) if rows else 0.0,
         "finished": fmean(row["finish_reason"] == "stop" for row in rows) if rows else 0.0,
+        "decoded": decoded,
+        "seconds_per_recot": round(seconds / decoded, 6) if decoded else 0.0,
         "tokens_per_second": round(written / seconds, 1) if seconds else 0.0,
     }

@@ -72,7 +72,8 @@ def run(
 
     Raises:
         ValueError: `run_config` is no YAML mapping, or inputs contradict one another.
-        ServerError: the server does not load the models; SmokeError: one of them does not answer as it should.
+        ServerError: there is no server, or it does not load the models; SmokeError: one of them does not answer as it
+            should.
     """
     arm = _Export.model_validate(
         {"export": settings, "generate": generate, "encode": encode, "domain": domain, "run": run}
@@ -88,6 +89,7 @@ def run(
     inputs = {"base_model": base_model, "generator": generator, "metrics": metrics}
     inputs |= {name: path for name, path in optional.items() if path is not None}
 
+    server.check_installed()  # before minutes of writing weights
     with storage.publish("export", arm, inputs=inputs, outputs={"repository": repository}) as job:
         for path in (generator, *ranked):
             check_whole(base_model, path)

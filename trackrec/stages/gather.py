@@ -12,7 +12,7 @@ from trackrec.storage import Manifest
 
 # Of a part's facts, what a mean is over, and what all parts have alike (but for one without contexts, which has zero).
 # All others are counts, or speeds of pods that work side by side, and add up.
-_MEANS = {"mean_tokens": "recots", "finished": "recots", "mean_reward": "rows"}
+_MEANS = {"mean_tokens": "recots", "finished": "recots", "mean_reward": "rows", "seconds_per_recot": "decoded"}
 _ALIKE = {"width"}
 
 

@@ -18,6 +18,7 @@ BEFORE_SDPO = {
     "distill_data",
     "sft_generator",
     "generate 0",
+    "generate (untuned)",
     "evaluate (iteration 0)",
     "tabulate (iteration 0)",
     "sample 1",
