@@ -31,7 +31,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     # Weights are written for their owner alone; the image's user is another.
     subprocess.run(["chmod", "-R", "a+rX", folder, tiny_model], check=True)
     arguments = {name: str(path) for name, path in given.items()}
-    made = compiled(_Local, config(), folder)
+    made = compiled(_Local, config(**{"resources.export.retries": 0}), folder)
     pods = Pods(made, folder / "root", paths(arguments))
     pods.run(arguments | {"run": export_inputs.RUN, "run_config": export_inputs.CONFIG})
     assert pods.ran == [tagged("export", REGISTRY)]
