@@ -394,7 +394,7 @@ def test_the_docs_create_every_secret_that_is_named(created: dict[str, set[str]]
 
 @needs_kubectl
 def test_workload_identity_is_that_of_every_account_that_reads_the_bucket() -> None:
-    page = "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("cluster", "serving/deploy"))
+    page = "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("cluster", "deploy"))
     accounts = [item for item in made("overlays/gke") if item["kind"] == "ServiceAccount"]
     readers = {"trackrec", "trackrec-triton", SparkApplication().service_account}
     assert {account["metadata"]["name"] for account in accounts} == readers
