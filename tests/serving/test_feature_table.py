@@ -10,12 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tests import gcs
 from tests.serving.ranking import ENCODER, SEED, USERS, User, commit, earlier, vector, write_features, write_ranker
+from trackrec.features import partition
 from trackrec.features import table as features
+from trackrec.features.partition import Place
 from trackrec.serving import feature_table
 from trackrec.serving.contract import RankerContract
 from trackrec.serving.feature_store import FeatureStore
@@ -165,6 +168,17 @@ def without_a_column(date: Path) -> None:
     commit(date, json.dumps(manifest))
 
 
+def without_a_user(date: Path) -> None:
+    path = date / features.shard_path(0)
+    rows = pq.read_table(path)
+    ids = rows["user_id"].to_pylist()
+    column = pa.array([None, *ids[1:]], pa.string())
+    pq.write_table(rows.set_column(0, rows.schema.field("user_id"), column), path)
+    manifest = json.loads((date / features.MANIFEST).read_text())
+    manifest["shards"][0]["bytes"] = path.stat().st_size
+    commit(date, json.dumps(manifest))
+
+
 def not_finite(date: Path) -> None:
     shutil.rmtree(date)
     write_features(date.parent, SECOND, [*USERS[:-1], replace(USERS[-1], vector=[float("inf")] * ENCODER.width)])
@@ -181,6 +195,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     twice: "not in their order",
     not_finite: "not finite",
     without_a_column: "lacks the columns history",
+    without_a_user: "rows without a user",
 }
 
 
@@ -208,6 +223,43 @@ def test_a_date_that_is_not_right_is_refused(
 def test_at_the_start_a_broken_date_leaves_the_one_before(store: FeatureStore, tmp_path: Path) -> None:
     write_features(tmp_path / "features", FIRST, USERS)
     truncated(write_features(tmp_path / "features", SECOND, USERS))
+    store.look()
+    assert store.table is not None and store.table.dt == FIRST
+
+
+def test_at_the_start_a_date_that_cannot_be_read_leaves_the_one_before(
+    store: FeatureStore, tmp_path: Path, lines: list[str]
+) -> None:
+    """Damaged pages behind a whole footer, which Parquet reports as a failure to read; it is tried at each look."""
+    write_features(tmp_path / "features", FIRST, USERS)
+    path = write_features(tmp_path / "features", SECOND, USERS) / features.shard_path(0)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\xff" * (len(whole) // 3) + whole[4 + len(whole) // 3 :])
+    for _ in range(2):
+        store.look()
+        assert store.table is not None and store.table.dt == FIRST
+    assert len([line for line in lines if f"dt={SECOND} cannot be read" in line]) == 1
+    path.write_bytes(whole)
+    store.look()
+    assert store.table.dt == SECOND
+
+
+def test_a_date_that_is_committed_again_and_broken_is_served_as_it_was(store: FeatureStore, tmp_path: Path) -> None:
+    """Not the date before it."""
+    write_features(tmp_path / "features", FIRST, USERS)
+    write_features(tmp_path / "features", SECOND, USERS)
+    store.look()
+    served = store.table
+    truncated(write_features(tmp_path / "features", SECOND, USERS[:5]))
+    for _ in range(2):
+        store.look()
+        assert store.table is served and served is not None and served.dt == SECOND
+
+
+def test_a_folder_of_no_date_is_passed_over(store: FeatureStore, tmp_path: Path) -> None:
+    write_features(tmp_path / "features", FIRST, USERS)
+    (tmp_path / "features/dt=2026-99-99").mkdir()
+    assert partition.newest(Place(str(tmp_path / "features"))) == FIRST
     store.look()
     assert store.table is not None and store.table.dt == FIRST
 

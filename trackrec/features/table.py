@@ -138,9 +138,12 @@ def date_folder(dt: str) -> str:
 
 
 def date_of(folder: str) -> str | None:
-    """The date of a folder that `date_folder` names; None of any other."""
+    """The date of a folder that `date_folder` names; None of any other, such as `dt=2026-02-30`."""
     found = _DATE.fullmatch(folder)
-    return found and found[1]
+    try:
+        return found and str(datetime.date.fromisoformat(found[1]))
+    except ValueError:
+        return None
 
 
 def shard_path(shard: int) -> str:

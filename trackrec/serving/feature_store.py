@@ -46,16 +46,16 @@ class FeatureStore:
     def look(self) -> None:
         """Takes the newest committed date that can be served; the one before is read from until that moment.
 
-        What is wrong with a date is logged once: it is tried again when it is committed again. A place that cannot be
-        reached is tried again at the next look.
+        What is wrong with a date is logged once: it is tried again when it is committed again. What cannot be read
+        is tried again at the next look.
         """
         try:
-            self._look()
-            self._failed = ""
+            failed = self._look()
         except OSError as error:
-            if str(error) != self._failed:
-                self._failed = str(error)
-                self._log(f"the feature table {self._root} cannot be read: {error}; {self._instead()}")
+            failed = f"the feature table {self._root} cannot be read: {error}"
+        if failed and failed != self._failed:
+            self._log(f"{failed}; {self._instead()}")
+        self._failed = failed
 
     def follow(self, seconds: float, after: Callable[[], None] = lambda: None) -> None:
         """Looks every `seconds` from now on, in a thread, until `close`; `after` is called there after each look."""
@@ -78,7 +78,9 @@ class FeatureStore:
         if self._thread is not None:
             self._thread.join(timeout=5)
 
-    def _look(self) -> None:
+    def _look(self) -> str:
+        """Which dates could not be read, and why."""
+        failed: list[str] = []
         if self.table is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(self.table.folder)
@@ -91,28 +93,40 @@ class FeatureStore:
             commit = (dt, marker.decode(errors="replace").strip())
             if commit == self._served:
                 break
-            if commit in self._refused:
-                continue
-            try:
-                manifest = read_manifest(self._root, dt)
-                if manifest is None or manifest.identity.dt != dt:
-                    raise ValueError(f"its manifest is of another date: {manifest and manifest.identity.dt}")
-                table = feature_table.open_or_build(
-                    date,
-                    manifest,
-                    self._scorer,
-                    version=self._contract.model_version,
-                    encoder_version=self._contract.encoder_version if self._contract.uses_recot else None,
-                    cache=self._cache,
-                )
-            except ValueError as error:
-                self._refused.add(commit)
-                self._log(f"the features of {date} are refused: {error}; {self._instead()}")
-                continue
-            self.table, self._served = table, commit
-            self._log(f"serves the features of {date}: {len(table)} users")
-            break
+            if commit not in self._refused:
+                try:
+                    self.table = self._opened(date, dt)
+                    self._served = commit
+                    self._log(f"serves the features of {date}: {len(self.table)} users")
+                    break
+                except ValueError as error:
+                    self._refused.add(commit)
+                    self._log(f"the features of {date} are refused: {error}; {self._instead()}")
+                except OSError as error:
+                    # Parquet's word for a damaged page, too: an older date may still be whole.
+                    failed.append(f"the features of {date} cannot be read: {error}")
+            if self._served is not None and dt == self._served[0]:
+                break  # committed again and not to be had: the one before of that date is newer than all that follow
         feature_table.remove_unused(self._cache)
+        return "; ".join(failed)
+
+    def _opened(self, date: Place, dt: str) -> FeatureTable:
+        """
+        Raises:
+            ValueError: the date is not to be served.
+            OSError: it cannot be read.
+        """
+        manifest = read_manifest(self._root, dt)
+        if manifest is None or manifest.identity.dt != dt:
+            raise ValueError(f"its manifest is of another date: {manifest and manifest.identity.dt}")
+        return feature_table.open_or_build(
+            date,
+            manifest,
+            self._scorer,
+            version=self._contract.model_version,
+            encoder_version=self._contract.encoder_version if self._contract.uses_recot else None,
+            cache=self._cache,
+        )
 
     def _instead(self) -> str:
         return f"those of {self.table.dt} are served" if self.table else "no user has features"

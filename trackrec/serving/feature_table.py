@@ -154,6 +154,9 @@ def _build(date: Place, manifest: features.Manifest, scorer: Scorer, encoder_ver
         for writer, part in zip(writers, nobody, strict=True):
             writer.write(part)
         for batch in _batches(date, manifest, columns):
+            os.utime(out)  # or `remove_unused` would take a long build for one that was killed
+            if batch["user_id"].null_count:
+                raise FeatureTableError("it has rows without a user; write the date's shards again")
             names = [name.encode() for name in batch["user_id"].to_pylist()]
             if not all(a < b for a, b in itertools.pairwise(names if last is None else [last, *names])):
                 raise FeatureTableError("its users are not in their order, each once; write the date's shards again")
