@@ -211,6 +211,8 @@ def bad(**columns: Any) -> dict[str, Any]:
         ({"impressions": [1, 1, 1, -5]}, {}, "impressions is null or not finite, or negative"),
         ({"revenue": [1.0, float("nan"), 2.0, 1.5]}, {}, "revenue is null or not finite in 1"),
         ({"revenue": ["1", "2", "3", "4"]}, {}, "revenue .* is VARCHAR; make it a number"),
+        ({"revenue": [[1], [2], [3], [4]]}, {}, r"revenue .* is BIGINT\[\]; make it a number"),
+        ({"user_id": [["a"], ["b"], ["c"], ["d"]]}, {}, r"user_id .* is VARCHAR\[\]"),
         ({"user_id": [1.0, 2.0, 3.0, 4.0]}, {}, "user_id .* is DOUBLE"),
         ({"user_id": ["a", None, "c", "d"]}, {}, "user_id is null in 1 of 4"),
         ({"bucket": ["control", None, "treatment", "treatment"]}, {}, "bucket is null"),

@@ -166,12 +166,17 @@ def _check_columns(log: Path, types: dict[str, str], reading: Reading) -> None:
             f"{log} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}{salted}. It has: {', '.join(types)}"
         )
     for name in (*COUNTED, *reading.covariates):
-        if name in types and not types[name].startswith((*_NUMBERS, "DECIMAL")):
+        if name in types and not _is_of(types[name], (*_NUMBERS, "DECIMAL")):
             raise LogError(f"column {name} of {log} is {types[name]}; make it a number")
-    if not types["user_id"].startswith(_IDS):
+    if not _is_of(types["user_id"], _IDS):
         raise LogError(f"column user_id of {log} is {types['user_id']}; make it text or a whole number")
     if reading.long_tail_items is None and types.get("long_tail", "BOOLEAN") != "BOOLEAN":
         raise LogError(f"column long_tail of {log} is {types['long_tail']}; make it true or false")
+
+
+def _is_of(kind: str, kinds: tuple[str, ...]) -> bool:
+    """`DECIMAL(18,2)` is of DECIMAL, the list `VARCHAR[]` is not of VARCHAR."""
+    return kind.startswith(kinds) and not kind.endswith("]")
 
 
 def _checked_rows(connection: duckdb.DuckDBPyConnection, reading: Reading, types: dict[str, str]) -> int:
