@@ -74,7 +74,7 @@ class Efficiency:
     def notes(self) -> list[str]:
         """What to know when reading the table."""
         said = [
-            f"Both wrote for the same {self.aligned.recots} contexts, under the same settings. Seconds are decoding "
+            f"Tokens are of the {self.aligned.recots} contexts that both wrote for. Seconds are decoding "
             "time over texts, many being decoded at once (not what one text takes alone), of the task as it ran: a "
             "task from the cache was timed when it first ran, and one that a kill interrupted for the rest of its "
             "texts. The paper has 1.303 s and 0.613 s on one A800.",
