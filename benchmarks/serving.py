@@ -54,7 +54,7 @@ DIFFERENT_REQUESTS = 1000
 SERVED = 0.98
 PERCENTILES = (50, 95, 99)
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
-# At the end of a run: what is not answered by then is lost.
+# What is not answered by then is given up, and counts as answered after so long.
 _DRAIN_SECONDS = 60
 
 
@@ -194,10 +194,10 @@ def client(
 
 
 def run(call: grpc.UnaryUnaryMultiCallable, made: list[bytes], load: Load) -> Outcome:
-    """Sends at the arrivals of a Poisson process, and waits for the last answer.
+    """Sends at the arrivals of a Poisson process, and waits for the last answer, or its deadline.
 
     Raises:
-        RuntimeError: a request failed.
+        RuntimeError: a request failed otherwise.
     """
     gaps = np.random.default_rng(load.seed).exponential(1 / load.rate, int(load.rate * load.seconds * 2) + 100)
     due = np.cumsum(gaps)
@@ -210,7 +210,8 @@ def run(call: grpc.UnaryUnaryMultiCallable, made: list[bytes], load: Load) -> Ou
     def done(number: int) -> "grpc.Future":
         def note(future: grpc.Future) -> None:
             answered[number] = time.perf_counter() - started
-            if future.exception() is not None:
+            # Not answered for so long: the rate is more than the machine serves, which the table shall say.
+            if future.exception() is not None and future.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                 failed.append(str(future.exception()))
             waiting.put(None)
 
