@@ -16,6 +16,7 @@ from trackrec.config_file import ConfigError
 from trackrec.ctr.backbones import BACKBONES
 from trackrec.prompts import render
 from trackrec.run_config import RankingSettings, RunConfig, Toleration
+from trackrec.serving_config import ExperimentSettings
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
 PAPER = Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml")
@@ -289,12 +290,30 @@ def test_settings_that_may_be_none_default_to_none() -> None:
         ("evaluate.long_tail_rows=5", "`train_ctr.long_tail_rows` and `evaluate.long_tail_rows` must be equal"),
         ("train_ctr.grid.dropout=[]", "train_ctr.grid.dropout"),
         ("train_ctr.grid.dropout=[1.0]", "train_ctr.grid.dropout"),
+        ("export.experiment={salt: a:b, control: 0.5, treatment: 0.5}", "export.experiment.*salt"),
+        ("export.experiment={salt: a, control: 0.6, treatment: 0.5}", "add up to more than 1"),
+        ("export.experiment={salt: a, control: 0.5}", "export.experiment.treatment"),
     ],
 )
 def test_ranking_settings_that_are_refused(override: str, message: str) -> None:
     given = dict([config_file.parse_override(override)])
     with pytest.raises(config_file.ConfigError, match=message):
         config_file.load(PAPER, given, profile="gke-a100")
+
+
+def test_an_experiment_needs_rankers() -> None:
+    given = {"ranking": None, "export.experiment": {"salt": "a", "control": 0.5, "treatment": 0.5}}
+    with pytest.raises(config_file.ConfigError, match=r"without `ranking` there are none"):
+        config_file.load(PAPER, given, profile="gke-a100")
+
+
+def test_an_experiment_does_not_depend_on_the_order_of_its_keys() -> None:
+    """Kubeflow's struct parameters keep none, and the order of the shares says who is in which bucket."""
+    given = {"salt": "a", "control": 0.25, "treatment": 0.5}
+    turned = dict(reversed(given.items()))
+    experiments = [ExperimentSettings.model_validate(each).experiment for each in (given, turned)]
+    assert [list(each.shares) for each in experiments] == [["control", "treatment"]] * 2
+    assert experiments[0].model_dump_json() == experiments[1].model_dump_json()
 
 
 def test_the_backbones_of_the_config_are_those_there_are() -> None:

@@ -259,6 +259,8 @@ class RunConfig(Settings):
                 raise ValueError(f"`train_ctr.{key}` and `evaluate.{key}` must be equal: one report compares both")
         if self.ranking is not None and self.encoder is None:
             raise ValueError("`ranking` needs `encoder`, a BERT-family model that turns RecCoTs into vectors; name one")
+        if self.export.experiment is not None and self.ranking is None:
+            raise ValueError("`export.experiment` is a test of two rankers, and without `ranking` there are none")
         for stage in ("sample", "score", "generate", "evaluate"):
             engine: EngineSettings = getattr(self, stage).engine
             accelerator: Accelerator | None = getattr(self.resources, stage).accelerator

@@ -4,7 +4,28 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from trackrec.abtest.bucketing import CONTROL, TREATMENT, Experiment
 from trackrec.config import Backbone, Count, Moment, Positive, Rate, Settings, Share, Text
+
+
+class ExperimentSettings(Settings):
+    """An A/B test of a run's two rankers: which of them the model `ranker` scores a user with."""
+
+    # The test's own: each salt draws anew.
+    salt: Text
+    # Of all users, in whole 1/10,000: those of `ranker_base` and of `ranker_trackrec`; who is in neither gets the base.
+    control: Share
+    treatment: Share
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        _ = self.experiment  # refuses what makes none
+        return self
+
+    @property
+    def experiment(self) -> Experiment:
+        # From named fields: the order of the shares says who is where, and Kubeflow's parameters keep no order of keys.
+        return Experiment(salt=self.salt, shares={CONTROL: self.control, TREATMENT: self.treatment})
 
 
 class ExportSettings(Settings):
@@ -15,6 +36,8 @@ class ExportSettings(Settings):
     # Which of the run's ranking models is served, and under which of its seeds; the first one by default.
     backbone: Backbone | None = None
     seed: Count | None = None
+    # Left out, there is no model `ranker`.
+    experiment: ExperimentSettings | None = None
     # vLLM's engine arguments.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_model_len: Annotated[int, Field(ge=64)] | None = None

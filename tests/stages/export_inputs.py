@@ -17,6 +17,7 @@ from trackrec.stages import export
 
 RUN = "small-20260101-000000"
 CONFIG = "name: small\nencoder: package:all-minilm-l6-v2\n"
+EXPERIMENT = {"salt": "exp-1", "control": 0.1, "treatment": 0.1}
 GENERATE = DecodingSettings(max_tokens=12, repetition_penalty=1.1)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.stages import export_inputs
-from tests.stages.export_inputs import GENERATE, RUN, exported
+from tests.stages.export_inputs import EXPERIMENT, GENERATE, RUN, exported
 from trackrec import storage
 from trackrec.config import EngineSettings
 from trackrec.ctr import ranker as rankers
@@ -29,7 +29,7 @@ def given(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[st
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, given: dict[str, Path]) -> Path:
-    return exported(tmp_path_factory.mktemp("export") / "repository", given)
+    return exported(tmp_path_factory.mktemp("export") / "repository", given, experiment=EXPERIMENT)
 
 
 def test_a_version_says_what_it_is(served: Path, given: dict[str, Path]) -> None:
@@ -50,6 +50,7 @@ def test_a_version_says_what_it_is(served: Path, given: dict[str, Path]) -> None
     assert suffixes == {".json", ".pbtxt", ".py", ".safetensors", ".jinja", ".parquet"}
     assert found.models["ranker_trackrec"]["encoder_version"] == found.models["encoder"]["model_version"]
     assert found.models["ranker_base"]["encoder_version"] is None
+    assert found.smoke["ranker"]["scores"].keys() == {"control", "treatment"}
     assert (found.models["ranker_base"]["uses_recot"], found.models["ranker_trackrec"]["uses_recot"]) == (False, True)
 
 
@@ -160,6 +161,9 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written(
     half = {name: path for name, path in given.items() if name != "ranker_base"}
     with pytest.raises(ValueError, match="the rankers go together"):
         exported(tmp_path / "repository", half)
+    alone = {name: given[name] for name in ("base_model", "generator", "metrics")}
+    with pytest.raises(ValueError, match=r"`export\.experiment` is a test of two rankers"):
+        exported(tmp_path / "repository", alone, experiment=EXPERIMENT)
     with pytest.raises(LookupError, match="no model of seed 99"):
         exported(tmp_path / "repository", given, seed=99)
     with pytest.raises(ValueError, match=r"`export\.max_model_len` is 8192"):

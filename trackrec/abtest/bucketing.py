@@ -18,6 +18,8 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SLOTS = 10_000
+# The buckets of a test of the base model against TrackRec.
+CONTROL, TREATMENT = "control", "treatment"
 # The same slot in DuckDB; `salt` is a parameter of the statement.
 SLOT_SQL = f"CAST('0x' || substr(sha256($salt || ':' || user_id), 1, 8) AS BIGINT) % {SLOTS}"
 

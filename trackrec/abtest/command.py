@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import BaseModel, ValidationError
 
-from trackrec.abtest.bucketing import Experiment
+from trackrec.abtest.bucketing import CONTROL, TREATMENT, Experiment
 from trackrec.quantity import to_bytes
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def abtest(
             "impressions (else one a row), clicks, item_id, long_tail. Any number of rows a user."
         ),
     ],
-    control: Annotated[str, typer.Option(help="The bucket of the base model.")] = "control",
-    treatment: Annotated[str, typer.Option(help="The bucket of TrackRec.")] = "treatment",
+    control: Annotated[str, typer.Option(help="The bucket of the base model.")] = CONTROL,
+    treatment: Annotated[str, typer.Option(help="The bucket of TrackRec.")] = TREATMENT,
     share: Annotated[
         list[str] | None,
         typer.Option(

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trackrec.abtest.bucketing import Experiment
 from trackrec.config import Count, Domain, Positive, Rate, Text
 
 # The key in `parameters`.
@@ -98,3 +99,12 @@ class RankerContract(Contract):
     uses_recot: bool
     # Whose vectors it was trained on.
     encoder_version: Text | None = None
+
+
+class ExperimentContract(Contract):
+    """The two rankers of an A/B test in one model: a user's bucket says which one answers."""
+
+    experiment: Experiment
+    # Of the buckets of these names.
+    control: RankerContract
+    treatment: RankerContract

@@ -4,11 +4,13 @@
                   an adapter kept apart
     encoder/      config.pbtxt, 1/model.py, 1/weights/
     ranker_base/, ranker_trackrec/    config.pbtxt, 1/model.py, 1/ranker/, 1/items.parquet
+    ranker/       of an A/B test: config.pbtxt, 1/model.py, which reads the files of the two beside it
 
 One folder for both backends named `vllm`, NVIDIA's and the one here. Paths in `model.json` and `multi_lora.json` are
 relative to the repository, which is the server's working folder.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, cast
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from trackrec.abtest.bucketing import Experiment
 from trackrec.config import DecodingSettings, Domain, EncodeSettings
 from trackrec.config_file import ConfigError
 from trackrec.ctr import ranker as rankers
@@ -24,7 +27,14 @@ from trackrec.data import schema
 from trackrec.llm import models
 from trackrec.llm.encoder import TextEncoder
 from trackrec.serving import prompts, version, weights
-from trackrec.serving.contract import PARAMETER, Contract, EncoderContract, GeneratorContract, RankerContract
+from trackrec.serving.contract import (
+    PARAMETER,
+    Contract,
+    EncoderContract,
+    ExperimentContract,
+    GeneratorContract,
+    RankerContract,
+)
 from trackrec.serving_config import ExportSettings
 
 # Texts in one request to the encoder, and requests in one call of a ranker.
@@ -157,14 +167,41 @@ def write_ranker(
         uses_recot=width > 0,
         encoder_version=encoder.model_version if encoder else None,
     )
-    triton = _python_model(out, "ranker_model", _RANKER_BATCH)
+    _write_config(out, _ranking_model(out, "ranker_model"), contract)
+    return contract
+
+
+def write_experiment(
+    out: Path, experiment: Experiment, *, control: RankerContract, treatment: RankerContract
+) -> ExperimentContract:
+    """Writes the model `ranker` to the new folder `out`, beside the rankers `ranker_base` and `ranker_trackrec`.
+
+    Args:
+        control, treatment: the contracts of these two.
+    """
+    drawn = hashlib.sha256(experiment.model_dump_json().encode()).hexdigest()[: len(control.model_version)]
+    contract = ExperimentContract(
+        model_version=f"{control.model_version}-{treatment.model_version}-{drawn}",
+        experiment=experiment,
+        control=control,
+        treatment=treatment,
+    )
+    (out / "1").mkdir(parents=True)
+    config = _ranking_model(out, "experiment_model")
+    config.output.add(name="arm", data_type=pb.TYPE_STRING, dims=[1])
+    _write_config(out, config, contract)
+    return contract
+
+
+def _ranking_model(out: Path, module: str) -> pb.ModelConfig:
+    """A user and candidates in, scores out."""
+    triton = _python_model(out, module, _RANKER_BATCH)
     triton.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     triton.input.add(name="user_id", data_type=pb.TYPE_STRING, dims=[1])
     # Requests with different numbers of candidates are scored together.
     triton.input.add(name="item_id", data_type=pb.TYPE_STRING, dims=[-1], allow_ragged_batch=True)
     triton.output.add(name="score", data_type=pb.TYPE_FP32, dims=[-1])
-    _write_config(out, triton, contract)
-    return contract
+    return triton
 
 
 def _python_model(out: Path, module: str, max_batch_size: int) -> pb.ModelConfig:

@@ -23,7 +23,14 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
 from trackrec.prompts.render import ShownItem, cot_prompt
-from trackrec.serving.contract import Contract, ContractError, EncoderContract, GeneratorContract, RankerContract
+from trackrec.serving.contract import (
+    Contract,
+    ContractError,
+    EncoderContract,
+    ExperimentContract,
+    GeneratorContract,
+    RankerContract,
+)
 
 RANKERS = ("ranker_base", "ranker_trackrec")
 # Outputs of the generator, each for an input `return_…`.
@@ -31,6 +38,8 @@ _RETURNED = ("finish_reason", "num_input_tokens", "num_output_tokens")
 # Enough for a word or two; a RecCoT's whole length says nothing more.
 _TOKENS = 8
 _SECONDS = 120.0
+# Whom no log knows. More than enough of them for one in the smallest bucket there is.
+_USER, _USERS = "trackrec-smoke", 200_000
 _HISTORY: tuple[ShownItem, ...] = (
     {"title": "The Silver River", "rating": 5.0, "label": 1},
     {"title": "Night Train", "rating": 1.0, "label": 0},
@@ -39,6 +48,7 @@ _CONTRACTS: dict[str, type[Contract]] = {
     "generator": GeneratorContract,
     "encoder": EncoderContract,
     **dict.fromkeys(RANKERS, RankerContract),
+    "ranker": ExperimentContract,
 }
 
 
@@ -94,7 +104,7 @@ def check(address: str, served: Expected, *, seconds: float = _SECONDS) -> dict[
     Returns:
         By model: its `model_version`, the seconds it took, and what it answered: the generator's `text`,
         `finish_reason`, `prompt_tokens` and `output_tokens`; the encoder's `width` and `num_tokens`; a ranker's
-        `scores`.
+        `scores`, and those of each bucket where there is an experiment.
 
     Raises:
         SmokeError: it does not answer, serves another version, or answers what cannot be right.
@@ -112,8 +122,10 @@ def check(address: str, served: Expected, *, seconds: float = _SECONDS) -> dict[
                     answer = _generated(client, contract, seconds)
                 elif isinstance(contract, EncoderContract):
                     answer = _encoded(client, contract, seconds)
+                elif isinstance(contract, ExperimentContract):
+                    answer = _split(client, name, contract, served.items, seconds)
                 else:
-                    answer = _ranked(client, name, served.items, seconds)
+                    answer = {"scores": _ranked(client, name, _USER, served.items, seconds)[0]}
             except (InferenceServerException, ContractError) as error:
                 # Over a stream the client's own deadline comes as the server's words.
                 slow = isinstance(error, InferenceServerException) and "deadline exceeded" in str(error).lower()
@@ -193,19 +205,40 @@ def _encoded(client: triton.InferenceServerClient, contract: EncoderContract, se
     return {"width": int(vector.shape[1]), "num_tokens": int(tokens.flat[0])}
 
 
-def _ranked(client: triton.InferenceServerClient, name: str, items: tuple[str, ...], seconds: float) -> dict[str, Any]:
-    """Scores for a user that nobody is."""
+def _ranked(
+    client: triton.InferenceServerClient, name: str, user: str, items: tuple[str, ...], seconds: float
+) -> tuple[list[float], triton.InferResult]:
+    """A user's scores, and all that came with them."""
     inputs = [
-        _input("user_id", "BYTES", [[b"trackrec-smoke"]]),
+        _input("user_id", "BYTES", [[user.encode()]]),
         _input("item_id", "BYTES", [[item.encode() for item in items]]),
     ]
-    scores = client.infer(name, inputs, client_timeout=seconds).as_numpy("score")
+    result = client.infer(name, inputs, client_timeout=seconds)
+    scores = result.as_numpy("score")
     if scores is None or scores.shape != (1, len(items)):
         raise SmokeError(f"{name} scored {len(items)} items with shape {getattr(scores, 'shape', None)}")
     values = [float(score) for score in scores.flat]
     if not all(math.isfinite(value) and 0 < value < 1 for value in values):
         raise SmokeError(f"{name}'s scores are no probabilities: {values}")
-    return {"scores": values}
+    return values, result
+
+
+def _split(
+    client: triton.InferenceServerClient,
+    name: str,
+    contract: ExperimentContract,
+    items: tuple[str, ...],
+    seconds: float,
+) -> dict[str, Any]:
+    """One user of each bucket."""
+    found = {}
+    for bucket in contract.experiment.shares:
+        user = next(u for k in range(_USERS) if contract.experiment.bucket(u := f"{_USER}-{k}") == bucket)
+        found[bucket], result = _ranked(client, name, user, items, seconds)
+        arm = result.as_numpy("arm")
+        if arm is None or arm.tolist() != [[bucket.encode()]]:
+            raise SmokeError(f"{name} puts user {user} into {arm}, who is in bucket {bucket!r}")
+    return {"scores": found}
 
 
 def _lives(address: str, seconds: float) -> bool:

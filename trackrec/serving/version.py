@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from trackrec import storage
 
 VERSION_FILE = "version.json"
-ModelName = Literal["generator", "encoder", "ranker_base", "ranker_trackrec"]
+ModelName = Literal["generator", "encoder", "ranker_base", "ranker_trackrec", "ranker"]
 # Hexadecimal digits of a version's name: enough to tell versions apart, few enough to read out.
 _DIGITS = 16
 

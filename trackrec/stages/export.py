@@ -15,7 +15,7 @@ from trackrec.config import DecodingSettings, Domain, EncodeSettings
 from trackrec.llm.models import check_whole
 from trackrec.serving import repository as repositories
 from trackrec.serving import server, smoke, version
-from trackrec.serving.contract import Contract
+from trackrec.serving.contract import Contract, RankerContract
 from trackrec.serving.version import ModelName, Version
 from trackrec.serving_config import ExportSettings
 
@@ -85,6 +85,8 @@ def run(
     ranked = [path for path in (ranker_base, ranker_trackrec, items) if path is not None]
     if ranked and (len(ranked) < 3 or encoder is None):
         raise ValueError("the rankers go together with `items` and `encoder`: give all four, or none of them")
+    if settings.experiment is not None and not ranked:
+        raise ValueError("`export.experiment` is a test of two rankers: give them, or leave it out")
     optional = {"encoder": encoder, "items": items, "ranker_base": ranker_base, "ranker_trackrec": ranker_trackrec}
     inputs = {"base_model": base_model, "generator": generator, "metrics": metrics}
     inputs |= {name: path for name, path in optional.items() if path is not None}
@@ -105,13 +107,22 @@ def run(
         else:
             encodes = repositories.write_encoder(out / "encoder", encode, encoder=encoder)
             models["encoder"] = encodes
+        served: dict[ModelName, RankerContract] = {}
         for name, ranker in rankers.items():
             if ranker is None or items is None:
                 absent[name] = _NO_RANKER
                 continue
             reads = encodes if name == "ranker_trackrec" else None
-            models[name] = repositories.write_ranker(
+            served[name] = repositories.write_ranker(
                 out / name, ranker=ranker, items=items, seed=settings.seed, encoder=reads
+            )
+        models |= served
+        if settings.experiment is not None:
+            models["ranker"] = repositories.write_experiment(
+                out / "ranker",
+                settings.experiment.experiment,
+                control=served["ranker_base"],
+                treatment=served["ranker_trackrec"],
             )
         before = _files(out)
         answers, job.facts = _tried(settings, out, job.work / "triton.log")
