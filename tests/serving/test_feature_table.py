@@ -301,6 +301,21 @@ def test_one_builds_and_all_share(
     assert {store.table and len(store.table) for store in stores} == {len(MANY)}
 
 
+@pytest.mark.parametrize("name", ["hash.npy", "recot.npy"])
+def test_arrays_that_were_cut_short_are_built_again(
+    name: str, store: FeatureStore, ranker: tuple[Scorer, RankerContract], tmp_path: Path
+) -> None:
+    write_features(tmp_path / "features", FIRST, USERS)
+    store.look()
+    [folder] = (tmp_path / "cache").iterdir()
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink()
+    (folder / name).write_bytes(whole[:-8])
+    other = made(ranker, str(tmp_path / "features"), tmp_path / "cache", [])
+    other.look()
+    assert other.table is not None and (folder / name).read_bytes() == whole
+
+
 def test_folders_that_nobody_uses_go(store: FeatureStore, tmp_path: Path) -> None:
     """Those of this process never, those of others once nobody has touched them for an hour."""
     write_features(tmp_path / "features", FIRST, USERS)

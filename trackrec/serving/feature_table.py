@@ -111,15 +111,19 @@ def open_or_build(
     key = hashlib.sha256(f"{manifest.model_dump_json()}\n{version}\n{encoder_version}".encode()).hexdigest()
     folder = cache / f"dt={dt}-{key[:32]}"
     with alone(folder):
-        if not folder.is_dir():
-            waiting = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(folder)
             try:
-                _build(date, manifest, scorer, encoder_version, waiting)
-                waiting.rename(folder)
-            except BaseException:
-                shutil.rmtree(waiting, ignore_errors=True)
-                raise
-        os.utime(folder)
+                return FeatureTable(folder, dt)
+            except (FileNotFoundError, ValueError):  # cut short: the machine went down before its disk had all
+                shutil.rmtree(folder)
+        waiting = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+        try:
+            _build(date, manifest, scorer, encoder_version, waiting)
+            waiting.rename(folder)
+        except BaseException:
+            shutil.rmtree(waiting, ignore_errors=True)
+            raise
         return FeatureTable(folder, dt)
 
 
