@@ -17,7 +17,6 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from trackrec.features import wire
 from trackrec.features.client import DeadModelError, RequestError, Triton, TroubleError
-from trackrec.serving.contract import EncoderContract, GeneratorContract
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +54,8 @@ class Caller:
     """Makes calls to one server; an asynchronous context manager.
 
     Args:
-        deadline_s: of a call, with all tries but without the time in which the server was lost; and how long a lost
-            server is waited for.
+        deadline_s: of a call, with all tries, from when it went out or from when a lost server came back; and how long
+            a lost server is waited for.
         retries: of a call that fails while the server is well, and losses that a call may live through.
     """
 
@@ -68,12 +67,13 @@ class Caller:
         self._check: asyncio.Task[bool] | None = None
         self._given_up: ServerLostError | None = None
         self._under_way = 0
+        # Answers of the generator since it was loaded, when it was looked at last.
+        self._served = 0
         # Of anything, failures too; and of an answer.
         self._last_sign = self._last_answer = time.monotonic()
 
     async def __aenter__(self) -> "Caller":
-        self.generator, self.encoder = await self._first_contracts()
-        self._served = await self.triton.served(wire.GENERATOR)
+        await self._first_look()
         self._well.set()
         self._watchdog = asyncio.create_task(self._watch())
         return self
@@ -136,6 +136,8 @@ class Caller:
             except TroubleError as error:
                 if await self._is_well(limit, error):
                     raise
+                # What had been done for it went with the server.
+                limit.reschedule(asyncio.get_running_loop().time() + self._deadline_s)
             finally:
                 if suspect:
                     self._alone.release()
@@ -242,8 +244,8 @@ class Caller:
             await asyncio.sleep(random.uniform(pause / 2, pause))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             found = await self._trouble(min(_SHORT_PROBE_SECONDS if trouble.reload else _PROBE_SECONDS, left))
+            found = found or await self._unlike_before()
             if found is None:
-                await self._compare_contracts()
                 return
             if not found.slow:
                 trouble = found
@@ -260,11 +262,13 @@ class Caller:
             "command again: it goes on with the users that are not done"
         )
 
-    async def _first_contracts(self) -> tuple[GeneratorContract, EncoderContract]:
+    async def _first_look(self) -> None:
         until = time.monotonic() + min(self._deadline_s, 60.0)
         while True:
             try:
-                return await self.triton.contracts()
+                self.generator, self.encoder = await self.triton.contracts()
+                self._served = await self.triton.served(wire.GENERATOR)
+                return
             except (TroubleError, RequestError) as error:
                 if time.monotonic() > until:
                     raise ServerLostError(
@@ -273,9 +277,14 @@ class Caller:
                     ) from error
                 await asyncio.sleep(0.5)
 
-    async def _compare_contracts(self) -> None:
-        if await self.triton.contracts() != (self.generator, self.encoder):
+    async def _unlike_before(self) -> "_Trouble | None":
+        try:
+            contracts = await self.triton.contracts()
+        except (TroubleError, RequestError) as error:  # lost once more
+            return _Trouble(wire.GENERATOR, str(error))
+        if contracts != (self.generator, self.encoder):
             raise ServerLostError(
                 f"Triton at {self.triton.address} now serves other models than when the job began; run it again: all "
                 "RecCoTs of a date are of one version"
             )
+        return None

@@ -1,0 +1,75 @@
+"""Whose failure it is, with a server whose troubles come in an order that a real one cannot be told to keep."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from trackrec.features import recovery
+from trackrec.features.client import TroubleError
+from trackrec.features.recovery import Caller
+
+
+class Scripted:
+    """Answers each kind of call as the script for it says, and well when that has ended."""
+
+    address = "here"
+
+    def __init__(self, *, probes: Iterable[bool] = (), contracts: Iterable[bool] = ()) -> None:
+        self._probes, self._contracts = iter(probes), iter(contracts)
+
+    async def generate(self, *_: Any, alone: bool = False) -> str:
+        return self._answer(self._probes)
+
+    async def contracts(self) -> tuple[Any, Any]:
+        self._answer(self._contracts)
+        return Model, Model
+
+    async def encode(self, *_: Any) -> None: ...
+
+    async def served(self, _: str) -> int:
+        return 1
+
+    async def reload(self, *_: Any) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def _answer(self, well: Iterable[bool]) -> str:
+        if not next(iter(well), True):
+            raise TroubleError("UNAVAILABLE: failed to connect")
+        return "answer"
+
+
+class Model:
+    opening = closing = ""
+    width = 1
+
+
+def called(triton: Any, attempts: list[tuple[float, bool]], *, deadline_s: float, retries: int = 1) -> str:
+    """What comes of a call whose attempts take so many seconds and end well or not."""
+    script = iter(attempts)
+
+    async def attempt(_: bool) -> str:
+        seconds, well = next(script)
+        await asyncio.sleep(seconds)
+        if not well:
+            raise TroubleError("UNAVAILABLE: Socket closed")
+        return "answer"
+
+    async def run() -> str:
+        async with Caller(triton, deadline_s=deadline_s, retries=retries) as caller:
+            return await caller.call(attempt)
+
+    return asyncio.run(run())
+
+
+def test_a_call_has_its_whole_time_again_when_the_server_was_lost() -> None:
+    assert called(Scripted(probes=[False]), [(0.6, False), (0.6, True)], deadline_s=1) == "answer"
+
+
+def test_a_server_that_is_lost_again_before_it_is_well_costs_no_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "_FIRST_PAUSE_SECONDS", 0.01)
+    # At the start its contracts are there; when it comes back, the second time.
+    triton = Scripted(probes=[False, True], contracts=[True, False])
+    assert called(triton, [(0, False), (0, False), (0, True)], deadline_s=10) == "answer"
