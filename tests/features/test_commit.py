@@ -79,7 +79,7 @@ def test_only_dates_are_committed_and_only_committed_ones_are_newest(fake: Fake,
     (written / "notes").mkdir()
     assert partition.newest(out) == DT
     assert partition.newest(out, before=DT) is None
-    for wrong in ("2026-13-01", "20261128", "../x"):
+    for wrong in ("2026-13-01", "20261128", "2026-W48-6", "../x"):
         with pytest.raises(ValueError):
             job.run_shards(fake.settings(), written, str(written), wrong)
 

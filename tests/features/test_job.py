@@ -108,6 +108,16 @@ def test_a_title_that_is_no_utf8_spoils_no_other_row(fake: Fake, tmp_path: Path)
     assert rows(tmp_path / "out", DT)["status"].to_pylist() == ["ok", "bad_text", "ok"]
 
 
+def test_a_proxy_of_the_environments_is_not_asked(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:9")
+    for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    path = made.write(tmp_path / "users.parquet", [made.user(0)])
+    assert run(fake.settings(deadline_s=3), path, tmp_path / "out").status == {"ok": 1}
+
+
 def test_equal_prompts_are_asked_once(fake: Fake, tmp_path: Path) -> None:
     users = [made.user(1) | {"user_id": f"u{number}"} for number in range(5)]
     fake.asked()

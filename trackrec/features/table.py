@@ -17,7 +17,7 @@ SUCCESS = "_SUCCESS"
 # The key of a file's own facts (`ShardFacts`) in its footer.
 FOOTER = b"trackrec"
 
-_DATE = re.compile(r"dt=(\d{4}-\d{2}-\d{2})")
+_DATE = re.compile(r"dt=(\d{4}-\d{2}-\d{2})", re.ASCII)
 # What a ranker reads; the titles stay in the users' table.
 HISTORY = pa.list_(pa.struct([("item_id", pa.string()), ("rating", pa.float32()), ("label", pa.int8())]))
 
@@ -131,7 +131,8 @@ def date_folder(dt: str) -> str:
     Raises:
         ValueError: `dt` is no date YYYY-MM-DD.
     """
-    if len(dt) != len("2026-11-28"):
+    # Python reads other ways of ISO 8601, too; `date_of` would not find such a folder.
+    if date_of(f"dt={dt}") is None:
         raise ValueError(f"{dt!r} is no date; give YYYY-MM-DD")
     datetime.date.fromisoformat(dt)
     return f"dt={dt}"
