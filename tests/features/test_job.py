@@ -89,6 +89,12 @@ def test_a_bad_user_gets_a_status_and_the_others_their_recots(fake: Fake, tmp_pa
     assert partition.read_manifest(Place(str(tmp_path / "out")), DT).status == dict(done.status)
 
 
+def test_a_whole_shard_of_another_domain_stops_nothing(fake: Fake, tmp_path: Path) -> None:
+    users = [made.user(number, domain="movies" if number < 50 else "books") for number in range(70)]
+    done = run(fake.settings(), made.write(tmp_path / "users.parquet", users), tmp_path / "out")
+    assert done.status == {"ok": 50, "bad_text": 20}
+
+
 def test_a_title_that_is_no_utf8_spoils_no_other_row(fake: Fake, tmp_path: Path) -> None:
     path = made.write(tmp_path / "users.parquet", [made.user(0), made.user(1, "Gr\u00fcn"), made.user(2)])
     good = pq.read_table(path)
@@ -108,9 +114,7 @@ def test_a_title_that_is_no_utf8_spoils_no_other_row(fake: Fake, tmp_path: Path)
     assert rows(tmp_path / "out", DT)["status"].to_pylist() == ["ok", "bad_text", "ok"]
 
 
-def test_a_proxy_of_the_environments_is_not_asked(
-    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_of_the_environments_is_not_asked(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:9")
     for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -80,6 +80,7 @@ async def _run(settings: FeaturesSettings, users: Users, out: Place, dt: str, sh
         Caller(triton, deadline_s=settings.deadline_s, retries=settings.retries) as caller,
     ):
         identity = _identity(settings, users, dt, caller.generator, caller.encoder)
+        await asyncio.to_thread(users.check_domain, caller.generator.domain)
         place = out / table.date_folder(dt)
         committed = await asyncio.to_thread(partition.read_manifest, out, dt)
         if committed is not None and committed.identity != identity:

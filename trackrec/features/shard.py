@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trackrec.features import earlier as earlier_rows
@@ -24,7 +23,6 @@ from trackrec.features.prompts import Prompt, bare_history, prompts
 from trackrec.features.recovery import Caller, FailedError
 from trackrec.features.results import Result, ShardLog
 from trackrec.features.table import Identity, ShardFacts
-from trackrec.features.users import UsersError
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +66,7 @@ async def write_shard(job: Job, number: int, users: pa.Table, fed: asyncio.Event
     Raises:
         JournalBusyError: another process works on this shard.
         ServerLostError: see there; what the generator answered is kept.
-        UsersError: all users are another domain's than the generator.
     """
-    domains = pc.unique(users["domain"]).to_pylist()
-    if job.caller.generator.domain not in domains:
-        raise UsersError(
-            f"the users' domain is {domains[0]!r}, the generator was aligned on {job.caller.generator.domain!r}: make "
-            "the users' table for this generator, or serve the generator of that domain"
-        )
     path = job.work / f"shard-{number:05}.jsonl"
     async with ShardLog(path) as kept:
         shard = _Shard(job, users, kept)

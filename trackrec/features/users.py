@@ -37,6 +37,24 @@ class Users:
     def num_blocks(self, block_rows: int) -> int:
         return -(-self.rows // block_rows)
 
+    def check_domain(self, domain: str) -> None:
+        """
+        Args:
+            domain: what the generator was aligned on. Some users may be of another; they get a status.
+
+        Raises:
+            UsersError: all are of another.
+        """
+        for file in self.files:
+            with _open(file) as opened:
+                for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=["domain"]):
+                    if pc.any(pc.equal(batch.column(0).cast(pa.string()), domain)).as_py():
+                        return
+        raise UsersError(
+            f"{self.files[0]}: no user is of the domain {domain!r}, which the generator was aligned on: make the "
+            "users' table for this generator, or serve the generator of their domain"
+        )
+
     def blocks(self, block_rows: int, shard: Shard = WHOLE, skip: Sequence[int] = ()) -> Iterator[tuple[int, pa.Table]]:
         """Blocks k with k % `shard.of` == `shard.number` that are not in `skip`: k, and rows [k*block_rows, ...).
 
