@@ -15,6 +15,7 @@ from tests.features.conftest import WIDTH, Fake, rows, run
 from trackrec.features import job, partition, table
 from trackrec.features.commit import CommitError, commit
 from trackrec.features.partition import Place
+from trackrec.features.shard import unfinished
 from trackrec.features.table import STATUSES
 from trackrec.prompts.render import cot_prompt
 from trackrec.shards import Shard
@@ -176,6 +177,23 @@ def test_pods_share_the_shards_and_one_commits(fake: Fake, tmp_path: Path) -> No
     other = made.write(tmp_path / "other.parquet", [made.user(1)])
     with pytest.raises(CommitError, match="is committed, with other users"):
         job.run_shards(settings, other, out, DT)
+
+
+def test_what_pods_keep_until_they_end_is_deleted_and_anothers_is_not(fake: Fake, tmp_path: Path, work: Path) -> None:
+    settings, out = fake.settings(), str(tmp_path / "out")
+    path = made.write(tmp_path / "users.parquet", [made.user(number) for number in range(120)])
+    done = job.run_shards(settings, path, out, DT, Shard(0, 2))
+    assert not list((work / "features").iterdir())
+    # As a kill leaves them: of a shard whose file is there already, and of another pod's.
+    kept = job.work_folder(done.identity, Place(out))
+    kept.mkdir()
+    left, others = (unfinished(kept, number) for number in (0, 1))
+    for file in (*left, *others):
+        file.touch()
+    assert job.run_shards(settings, path, out, DT, Shard(0, 2)).skipped == 2
+    assert sorted(kept.iterdir()) == sorted(others)
+    job.run_shards(settings, path, out, DT, Shard(1, 2))
+    assert not list((work / "features").iterdir())
 
 
 def test_a_bucket_holds_the_same_as_a_folder(fake: Fake, tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 import asyncio
 import hashlib
 import json
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from trackrec.features.client import Triton
 from trackrec.features.commit import refusal, shard_facts
 from trackrec.features.partition import Place
 from trackrec.features.recovery import Caller
-from trackrec.features.shard import Job, ShardCounts, write_shard
+from trackrec.features.shard import Job, ShardCounts, unfinished, write_shard
 from trackrec.features.table import Identity
 from trackrec.features.users import Users, open_users
 from trackrec.progress import track
@@ -89,9 +89,10 @@ async def _run(settings: FeaturesSettings, users: Users, out: Place, dt: str, sh
         own = range(shard.number, users.num_blocks(settings.shard_users), shard.of)
         skipped = [number for number in own if number in there and there[number].identity == identity]
         done = Done(identity, skipped=len(skipped))
+        work = work_folder(identity, out)
+        _clear(work, skipped)
         if committed is not None or len(skipped) == len(own):
             return done
-        work = storage.work_root() / f"features/{_hash([identity.model_dump(), str(out)])[:16]}"
         work.mkdir(parents=True, exist_ok=True)
         total = sum(min(settings.shard_users, users.rows - number * settings.shard_users) for number in own)
         with track(iter(()), f"RecCoTs of {dt}", total=total, unit="user") as bar:
@@ -107,10 +108,22 @@ async def _run(settings: FeaturesSettings, users: Users, out: Place, dt: str, sh
                 advance=lambda rows: _advance(bar, rows),
             )
             await _write_all(job, users.blocks(settings.shard_users, shard, skipped), done)
-        # Other pods may keep theirs there.
-        if not any(work.glob("shard-*")):
-            shutil.rmtree(work, ignore_errors=True)
+        _clear(work)
         return done
+
+
+def work_folder(identity: Identity, out: Place) -> Path:
+    """Where all pods of a job keep what their unfinished shards have."""
+    return storage.work_root() / f"features/{_hash([identity.model_dump(), str(out)])[:16]}"
+
+
+def _clear(work: Path, finished: Sequence[int] = ()) -> None:
+    """Removes what `finished` shards have left in `work`, killed after their file was there, and `work` once empty."""
+    for number in finished:
+        for left in unfinished(work, number):
+            left.unlink(missing_ok=True)
+    with suppress(OSError):  # other pods keep theirs there
+        work.rmdir()
 
 
 def _advance(bar: "tqdm[Any]", rows: int) -> None:

@@ -104,7 +104,7 @@ class Place:
                 from google.cloud.storage.retry import DEFAULT_RETRY
 
                 place.blob().upload_from_filename(str(source), retry=DEFAULT_RETRY, checksum="crc32c")
-        source.unlink()
+        source.unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
         """Nothing is done where there is no such file."""

@@ -53,6 +53,12 @@ class ShardLog:
         return [*self._spans, *([(self._started, time.time())] if self._started is not None else [])]
 
     def add(self, key: str, result: Result) -> None:
+        """
+        Raises:
+            OSError: earlier results could not be written: those that follow would be asked for in vain.
+        """
+        if self._writer.done():
+            self._writer.result()
         self._waiting[key] = result
         self._some.set()
 

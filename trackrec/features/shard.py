@@ -57,6 +57,11 @@ class ShardCounts:
     status: Counter[str]
 
 
+def unfinished(work: Path, number: int) -> tuple[Path, Path]:
+    """What a shard keeps in `work`: its journal, and its file while it is being written."""
+    return work / f"shard-{number:05}.jsonl", work / f"shard-{number:05}.parquet"
+
+
 async def write_shard(job: Job, number: int, users: pa.Table, fed: asyncio.Event) -> ShardCounts:
     """
     Args:
@@ -67,7 +72,7 @@ async def write_shard(job: Job, number: int, users: pa.Table, fed: asyncio.Event
         JournalBusyError: another process works on this shard.
         ServerLostError: see there; what the generator answered is kept.
     """
-    path = job.work / f"shard-{number:05}.jsonl"
+    path, _ = unfinished(job.work, number)
     async with ShardLog(path) as kept:
         shard = _Shard(job, users, kept)
         try:
@@ -262,7 +267,7 @@ class _Shard:
 
 
 def _publish(job: Job, number: int, content: pa.Table, facts: ShardFacts) -> None:
-    waiting = job.work / f"shard-{number:05}.parquet"
+    _, waiting = unfinished(job.work, number)
     metadata = {table.FOOTER: facts.model_dump_json().encode()}
     pq.write_table(
         content.replace_schema_metadata(metadata),
