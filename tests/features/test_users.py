@@ -1,3 +1,5 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,6 +56,18 @@ def test_a_table_out_of_order_is_sorted(tmp_path: Path) -> None:
     got = pa.concat_tables(rows for _, rows in users.blocks(30))
     assert got.to_pylist() == [made.user(number) for number in range(100)]
     assert users.content_hash == storage.content_hash(path)
+
+
+def test_several_processes_sort_a_table_once(tmp_path: Path) -> None:
+    path = made.write(tmp_path / "users.parquet", [made.user((number * 37) % 1000) for number in range(1000)])
+    together = threading.Barrier(4)
+
+    def opened(_: int) -> list[str]:
+        together.wait()
+        return ids(path, tmp_path / "work", 1000)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(opened, range(4))) == [names(range(1000))] * 4
 
 
 @pytest.mark.parametrize("numbers", [[1, 2, 2, 3], [3, 2, 1, 2]])

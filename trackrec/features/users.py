@@ -1,5 +1,6 @@
 """The users' table as the job reads it: checked, in order, a block of rows at a time, however large it is."""
 
+import fcntl
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -168,18 +169,23 @@ def _sorted(files: Sequence[Path], target: Path) -> Path:
             f"{files[0]}: the users are not ordered by user_id, and DuckDB, which would sort them, is not installed; "
             "sort them, or `pip install 'trackrec[data]'`"
         ) from error
-    log.info("sorting %s by user_id", files[0])
     target.parent.mkdir(parents=True, exist_ok=True)
-    waiting = target.with_name(f".{target.name}-part")
-    columns = ", ".join(_columns())
-    with duckdb.connect(config={"temp_directory": str(target.parent / ".spill"), "memory_limit": "1GB"}) as connection:
-        connection.execute("SET preserve_insertion_order = false")
-        source = connection.read_parquet([str(file) for file in files])  # noqa: F841 (the query names it)
-        connection.execute(
-            f"COPY (SELECT {columns} FROM source ORDER BY user_id) TO '{str(waiting).replace(chr(39), chr(39) * 2)}' "
-            "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 20000)"
-        )
-    waiting.replace(target)
+    # One process sorts, others wait for it; a kill lets go.
+    with target.with_name(f".{target.name}-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_file():
+            log.info("sorting %s by user_id", files[0])
+            waiting = target.with_name(f".{target.name}-part")
+            spill = str(target.with_name(f".{target.name}-spill"))
+            with duckdb.connect(config={"temp_directory": spill, "memory_limit": "1GB"}) as connection:
+                connection.execute("SET preserve_insertion_order = false")
+                source = connection.read_parquet([str(file) for file in files])  # noqa: F841 (the query names it)
+                name = str(waiting).replace("'", "''")
+                connection.execute(
+                    f"COPY (SELECT {', '.join(_columns())} FROM source ORDER BY user_id) TO '{name}' "
+                    "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 20000)"
+                )
+            waiting.replace(target)
     return target
 
 
