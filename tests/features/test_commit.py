@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -6,6 +7,7 @@ import pytest
 
 from tests.features import made
 from tests.features.conftest import Fake, run
+from trackrec import storage
 from trackrec.features import job, partition, table
 from trackrec.features.commit import CommitError, _union, commit
 from trackrec.features.partition import Place
@@ -61,6 +63,32 @@ def test_what_an_earlier_job_left_is_replaced_or_deleted(fake: Fake, written: Pa
     assert sorted(Place(str(written)).files()) == [
         f"dt={DT}/{name}" for name in ("_SUCCESS", "_manifest.json", table.shard_path(0), table.shard_path(1))
     ]
+
+
+def test_the_users_say_which_job_is_committed(fake: Fake, written: Path, tmp_path: Path) -> None:
+    fewer = made.write(tmp_path / "fewer.parquet", [made.user(number) for number in range(60)])
+    with pytest.raises(CommitError, match="holds no shard of these users"):
+        commit(fake.settings(), str(written), DT, storage.content_hash(fewer))
+    third = (written / f"dt={DT}" / table.shard_path(2)).read_bytes()
+    done = job.run_shards(fake.settings(), fewer, str(written), DT)
+    # Another's file that is newer than all of this job's.
+    path = written / f"dt={DT}" / table.shard_path(2)
+    path.write_bytes(third)
+    facts = json.loads(pq.read_schema(path).metadata[table.FOOTER])
+    footer = {table.FOOTER: json.dumps(facts | {"written": facts["written"] + 1000}).encode()}
+    pq.write_table(pq.ParquetFile(path).read().replace_schema_metadata(footer), path)
+    assert commit(fake.settings(), str(written), DT, done.identity.users).rows == 60
+    assert not path.exists()
+    with pytest.raises(CommitError, match="is committed, with other users"):
+        commit(fake.settings(), str(written), DT, "another's")
+
+
+def test_a_date_without_any_recot_does_not_take_the_rankers_features_away(fake: Fake, tmp_path: Path) -> None:
+    users = [made.user(number, "(invalid)", f"{number}") for number in range(3)] + [made.user(3) | {"history": []}]
+    path = made.write(tmp_path / "users.parquet", users)
+    with pytest.raises(CommitError, match=r"no user has a RecCoT \(1 empty_history, 3 failed\)"):
+        run(fake.settings(), path, tmp_path / "out", DT)
+    assert partition.newest(Place(str(tmp_path / "out"))) is None
 
 
 def test_a_manifest_that_was_changed_is_no_committed_date(fake: Fake, written: Path) -> None:

@@ -24,8 +24,9 @@ def run(users: Path, given: Mapping[str, Any], dt: str | None) -> str:
     settings = FeaturesSettings.model_validate(given, strict=True)
     out = given["out"]
     dt = dt or datetime.datetime.now(datetime.UTC).date().isoformat()
-    run_shards(settings, users, out, dt)
-    return summary(f"{out.rstrip('/')}/{date_folder(dt)}", commit(settings, out, dt))
+    done = run_shards(settings, users, out, dt)
+    manifest = commit(settings, out, dt, done.identity.users)
+    return summary(f"{out.rstrip('/')}/{date_folder(dt)}", manifest)
 
 
 def summary(place: str, manifest: Manifest) -> str:

@@ -26,17 +26,23 @@ class CommitError(ValueError):
     """A date that cannot be committed, or is committed already with other rows; the message says what to do."""
 
 
-def commit(settings: FeaturesSettings, out: str, dt: str) -> Manifest:
+def commit(settings: FeaturesSettings, out: str, dt: str, users: str | None = None) -> Manifest:
     """Writes the date's manifest and marker; of a date that is committed with the same rows, gives the manifest.
 
+    Args:
+        users: content hash of the table that the date is for (`Identity.users`); without one, the newest shard's.
+
     Raises:
-        CommitError: a shard is missing or is of another job, users are not in order, or other rows are committed.
+        CommitError: a shard is missing or is of another job, users are not in order, no user has a RecCoT, or other
+            rows are committed.
         RemoteError: `out` cannot be read or written.
     """
     place = Place(out) / table.date_folder(dt)
     committed = partition.read_manifest(Place(out), dt)
+    if committed is not None and users not in (None, committed.identity.users):
+        raise refusal(place)
     facts = shard_facts(place)
-    identity = _identity(facts, place)
+    identity = _identity(facts, place, users)
     expected = -(-identity.num_users // identity.shard_users)
     missing = [number for number in range(expected) if number not in facts]
     if missing:
@@ -52,6 +58,12 @@ def commit(settings: FeaturesSettings, out: str, dt: str) -> Manifest:
         if _same(committed, manifest):
             return committed
         raise refusal(place)
+    if not manifest.status["ok"]:
+        counts = ", ".join(f"{count} {name}" for name, count in manifest.status.items() if count)
+        raise CommitError(
+            f"{place}: no user has a RecCoT ({counts}), and rankers would lose those of earlier dates. The job's log "
+            f"says why; mend the server or the users' table, delete {place} and run the job again"
+        )
     written = manifest.model_dump_json(indent=2).encode() + b"\n"
     place.put(table.MANIFEST, written)
     place.put(table.SUCCESS, hashlib.sha256(written).hexdigest().encode() + b"\n")
@@ -83,11 +95,12 @@ def _facts(place: Place, path: str) -> ShardFacts | None:
     return facts if table.shard_path(facts.shard) == path else None
 
 
-def _identity(facts: dict[int, ShardFacts], place: Place) -> Identity:
-    if not facts:
-        raise CommitError(f"{place} holds no shard; run the job, then commit")
+def _identity(facts: dict[int, ShardFacts], place: Place, users: str | None) -> Identity:
+    candidates = [each for each in facts.values() if users in (None, each.identity.users)]
+    if not candidates:
+        raise CommitError(f"{place} holds no shard of these users; run the job, then commit")
     # The job in question is the one that wrote the last; another's files are what an earlier try has left.
-    newest = max(facts.values(), key=lambda each: each.written).identity
+    newest = max(candidates, key=lambda each: each.written).identity
     other = [number for number, each in facts.items() if each.identity != newest]
     count = -(-newest.num_users // newest.shard_users)
     wrong = sorted(number for number in other if number < count)

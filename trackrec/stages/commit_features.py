@@ -26,7 +26,7 @@ def run(settings: FeaturesSettings, *, users: Path, feature_shards: Path, commit
     out, dt = settings.place, partition(users)
     inputs = {"users": users, "feature_shards": feature_shards}
     with storage.publish("commit_features", settings, inputs=inputs, outputs={"committed": committed}, seed=dt) as job:
-        manifest = commit(settings, out, dt)
+        manifest = commit(settings, out, dt, storage.content_hash(users))
         (job.outputs["committed"] / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         job.facts |= {
             "rows": manifest.rows,
