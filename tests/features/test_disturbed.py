@@ -1,12 +1,14 @@
 """kill -9 of the server, of its model's process and of the job, in the middle: the rows are those of a quiet run."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,13 @@ import pytest
 from tests.features import made
 from tests.features.conftest import WIDTH, Fake, rows, run
 from tests.serving import fakes
-from trackrec.features import job, recovery
+from trackrec.config import DecodingSettings
+from trackrec.features import job, recovery, table
 from trackrec.features.commit import commit
 from trackrec.features.recovery import ServerLostError
-from trackrec.serving import server
+from trackrec.serving import repository, server
+from trackrec.serving_config import ExportSettings
+from trackrec.shards import Shard
 
 DT = "2026-11-28"
 USERS = 200
@@ -28,14 +33,16 @@ UNWRITTEN = 32
 
 
 @pytest.fixture
-def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    """A server of this test's own that takes 50 ms for a RecCoT."""
+def slow(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """A server of this test's own that takes 50 ms for a RecCoT, and the parameter, if any, to load (ms)."""
     folder = tmp_path / "slow"
     folder.mkdir()
-    repository = fakes.repository(folder / "repository", width=WIDTH, log=folder / "asked", delay_ms=50)
+    models = fakes.repository(
+        folder / "repository", width=WIDTH, log=folder / "asked", delay_ms=50, load_ms=getattr(request, "param", 0)
+    )
     # Found out sooner than by default, for the test's sake.
     monkeypatch.setattr(recovery, "_SILENCE_SECONDS", 1.0)
-    found = Fake(server.start(repository, folder / "log"), repository, folder / "asked")
+    found = Fake(server.start(models, folder / "log"), models, folder / "asked")
     try:
         found.server.wait_ready(60)
         yield found
@@ -50,11 +57,14 @@ def users(tmp_path: Path) -> Path:
 
 def when_asked(fake: Fake, prompts: int, do: Callable[[], None]) -> threading.Thread:
     """Does something once so many prompts have come to the generator."""
+    return when(lambda: fake.log.exists() and len(fake.log.read_bytes()) >= 65 * prompts, do)
 
+
+def when(so: Callable[[], bool], do: Callable[[], None]) -> threading.Thread:
     until = time.monotonic() + 60
 
     def wait() -> None:
-        while not fake.log.exists() or len(fake.log.read_bytes()) < 65 * prompts:
+        while not so():
             if time.monotonic() > until:  # the job has ended; what the test expects of it has not come about
                 break
             time.sleep(0.01)
@@ -107,6 +117,50 @@ def test_a_models_process_is_killed(model: str, fake: Fake, slow: Fake, users: P
     killer.join()
     assert rows(tmp_path / "out", DT).equals(expected(fake, users, tmp_path))
     assert len(slow.asked()) <= USERS + CONCURRENCY + 10
+
+
+@pytest.mark.parametrize("slow", [1500], indirect=True)
+def test_pods_do_not_unload_what_another_has_loaded(fake: Fake, slow: Fake, users: Path, tmp_path: Path) -> None:
+    settings, out = slow.settings(), str(tmp_path / "out")
+    killer = when_asked(slow, 60, lambda: kill_model(slow, "generator"))
+    with ThreadPoolExecutor(4) as pool:
+        pods = [pool.submit(job.run_shards, settings, users, out, DT, Shard(number, 4)) for number in range(4)]
+        assert sum(pod.result().rows for pod in pods) == USERS
+    killer.join()
+    commit(settings, out, DT)
+    assert rows(tmp_path / "out", DT).equals(expected(fake, users, tmp_path))
+    # At the start, and by each pod once at most: they are not at it against one another.
+    assert slow.server.log.read_text(errors="replace").count("successfully loaded 'generator'") <= 1 + 4
+
+
+def test_the_process_of_the_backend_vllm_is_killed(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A real model, in our own backend; its texts do not depend on what is generated beside them."""
+    users = made.write(tmp_path / "users.parquet", [made.user(number) for number in range(60)])
+    models = fakes.repository(tmp_path / "repository", width=WIDTH)
+    shutil.rmtree(models / "generator")
+    decoding = DecodingSettings(max_tokens=8)
+    repository.write_generator(
+        models / "generator",
+        ExportSettings(dtype="float32"),
+        decoding,
+        "movies",
+        base_model=tiny_model,
+        generator=tiny_model,
+    )
+    first = tmp_path / "out" / f"dt={DT}" / table.shard_path(0)
+    environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    with server.running(models, tmp_path / "log", environment=environment) as triton:
+        fake = Fake(triton, models, tmp_path / "asked")
+        settings = fake.settings(shard_users=20, deadline_s=60)
+        run(settings, users, tmp_path / "quiet", DT)
+        killer = when(first.exists, lambda: kill_model(fake, "generator"))
+        done = run(settings, users, tmp_path / "out", DT)
+        killer.join()
+    assert "is lost (generator: " in caplog.text
+    assert done.status == {"ok": 60}
+    assert rows(tmp_path / "out", DT).equals(rows(tmp_path / "quiet", DT))
 
 
 def test_a_server_that_stays_away_ends_the_job_and_nothing_is_lost(

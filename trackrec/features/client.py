@@ -133,14 +133,19 @@ class Triton:
         return GeneratorContract.of(configs[0]), EncoderContract.of(configs[1])
 
     async def reload(self, model: str, seconds: float) -> None:
-        """Loads a model anew, where the server's control mode is explicit.
+        """Loads a model anew, where the server's control mode is explicit; nothing where another client is about it.
 
         Raises:
             RequestError, TroubleError: it is not, or the model does not load.
         """
-        # Of a model whose files have not changed, a load alone does nothing.
-        unload = service_pb2.RepositoryModelUnloadRequest(model_name=model)
-        await self._unary("RepositoryModelUnload", unload, timeout=seconds)
+        index = await self._unary("RepositoryIndex", service_pb2.RepositoryIndexRequest(), timeout=10)
+        states = {each.state for each in index.models if each.name == model}
+        if states & {"LOADING", "UNLOADING"}:
+            return
+        if "READY" in states:
+            # Of a model whose files have not changed, a load alone does nothing.
+            unload = service_pb2.RepositoryModelUnloadRequest(model_name=model)
+            await self._unary("RepositoryModelUnload", unload, timeout=seconds)
         await self._unary(
             "RepositoryModelLoad", service_pb2.RepositoryModelLoadRequest(model_name=model), timeout=seconds
         )

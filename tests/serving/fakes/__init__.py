@@ -24,6 +24,7 @@ def repository(
     *,
     width: int = 8,
     delay_ms: float = 0,
+    load_ms: float = 0,
     log: Path | None = None,
     generator: dict[str, Any] | None = None,
     encoder: dict[str, Any] | None = None,
@@ -49,6 +50,8 @@ def repository(
     parameters = {"trackrec": contract.model_dump_json()}
     if delay_ms:
         parameters["delay_ms"] = str(delay_ms)
+    if load_ms:
+        parameters["load_ms"] = str(load_ms)
     if log:
         parameters["log"] = str(log)
     inputs = {"text_input": "TYPE_STRING", "sampling_parameters": "TYPE_STRING", **dict.fromkeys(FLAGS, "TYPE_BOOL")}

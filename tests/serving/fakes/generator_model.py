@@ -1,7 +1,8 @@
 """A generator of the same contract as vLLM's backend that writes at once: the text follows from the prompt alone.
 
-What a title in the prompt says, it does: see `_ACTIONS`. With `parameters.delay_ms` it answers after so long; with
-`parameters.log` it writes the hash of each prompt that it is asked for into that file, a line each.
+What a title in the prompt says, it does: see `_ACTIONS`. With `parameters.delay_ms` it answers after so long, with
+`parameters.load_ms` it takes so long to load; with `parameters.log` it writes the hash of each prompt that it is asked
+for into that file, a line each.
 """
 
 import collections
@@ -29,6 +30,7 @@ class TritonPythonModel:
     def initialize(self, args):
         parameters = json.loads(args["model_config"])["parameters"]
         self.delay = float(parameters.get("delay_ms", {}).get("string_value", "0")) / 1000
+        time.sleep(float(parameters.get("load_ms", {}).get("string_value", "0")) / 1000)
         self.log = parameters.get("log", {}).get("string_value")
         self.waiting = collections.deque()
         self.some = threading.Condition()
