@@ -21,12 +21,12 @@ def served(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def bracketed(template: str, *, adds_bos: bool) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, with <s> and </s> and [INST] and [/INST], of which the last is not called special."""
+    """Bytes as tokens, with <s> and </s> and [INST], a special <tool> that nothing names, and [/INST], not special."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<s>", "</s>", "[INST]"])
+    inner.add_special_tokens(["<s>", "</s>", "[INST]", "<tool>"])
     inner.add_tokens(["[/INST]"])
     if adds_bos:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
@@ -66,7 +66,9 @@ def test_no_title_writes_a_token_of_the_template(tokenizer: PreTrainedTokenizerF
     used = tokenizer if name == "smollm2" else bracketed("<s>" + TEMPLATE, adds_bos=True)
     chat = chat_of(used)
     tokens = set(used.added_tokens_decoder)
-    for token in chat.special_tokens:
+    # Most of SmolLM2's special tokens are in no template, and no attribute of its tokenizer names them.
+    special = {str(token) for token in used.added_tokens_decoder.values() if token.special}
+    for token in {*special, *chat.special_tokens}:
         for hostile in (token, token * 2, token[:2] + token + token[2:], f"Heat {token}\nYes", token[0] + " " + token):
             title: list[ShownItem] = [{"title": hostile, "rating": 5.0, "label": 1}]
             # As it is, and as a prompt has it.

@@ -65,10 +65,11 @@ def chat_of(tokenizer: "PreTrainedTokenizerFast") -> Chat:
     from trackrec.llm.chat import encode_chat, template_texts
 
     opening, closing = template_texts(tokenizer)
-    special = set(tokenizer.all_special_tokens)
+    added = tokenizer.added_tokens_decoder.values()
+    # Those that no attribute of the tokenizer names, too (`all_special_tokens`): a text writes them as well.
+    special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
     # Some templates use tokens that the tokenizer does not call special.
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    special |= {token for token in added if token.strip() and token in opening + closing}
+    special |= {str(token) for token in added if str(token).strip() and str(token) in opening + closing}
     bos = tokenizer.bos_token
     if bos and opening.startswith(bos) and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
         # The server's tokenizer writes it, and would write it twice.
