@@ -11,7 +11,7 @@ from tests.llm.test_transformers_engine import PROMPTS, engine_of
 from trackrec.llm.continuous import ContinuousEngine, Progress, Sampling
 from trackrec.llm.engine import PromptTooLongError
 from trackrec.llm.models import load_model, load_tokenizer
-from trackrec.serving.generation import CancelledError, Generation, UnhealthyError
+from trackrec.serving.generation import CancelledError, Generation, UndeliveredError, UnhealthyError
 
 GREEDY = Sampling(temperature=0, repetition_penalty=0.2, max_tokens=12)
 ENDLESS = Sampling(temperature=0, ignore_eos=True, max_tokens=None)
@@ -144,3 +144,50 @@ def test_a_failed_engine_answers_everyone(
     assert isinstance(late.wait().error, UnhealthyError)
     assert [str(error) for error in failures] == ["out of memory"]
     assert calls == 8
+
+
+def test_a_server_that_unloads_no_model_answers_all_the_same(
+    engine: ContinuousEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(error: BaseException) -> None:
+        raise RuntimeError("models are not unloaded on demand")
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.model, "forward", failing)
+    generation = Generation(engine, on_failure=refuse)
+    for _ in range(2):
+        client = Client(PROMPTS[0])
+        generation.submit(client)
+        assert isinstance(client.wait().error, UnhealthyError)
+    generation.close()
+
+
+class Unreached(Client):
+    """Its third part, or the last before that, cannot be sent."""
+
+    parts = 0
+
+    def answer(self, progress: Progress) -> None:
+        self.parts += 1
+        if self.parts == 3 or progress.finish_reason is not None:
+            raise MemoryError("no shared memory left")
+        super().answer(progress)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_misses_a_part_is_told_to_ask_again(
+    generation: Generation, engine: ContinuousEngine, stream: bool
+) -> None:
+    """Instead of a text with a hole, or none for ever; its place is free again."""
+    unreached = Unreached(PROMPTS[0], ENDLESS if stream else GREEDY, stream=stream)
+    generation.submit(unreached)
+    error = unreached.wait().error
+    assert isinstance(error, UndeliveredError) and "no shared memory left; ask again" in str(error)
+    assert unreached.parts == (3 if stream else 1)
+    after = Client(PROMPTS[1])
+    generation.submit(after)
+    assert after.wait().error is None
+    generation.close()
+    assert engine.running == engine.waiting == 0

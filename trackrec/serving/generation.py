@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from trackrec.llm.continuous import ContinuousEngine, Progress, Sampling
-from trackrec.llm.engine import PromptTooLongError
 
 # How often clients are asked whether they still wait.
 _POLL_SECONDS = 0.05
@@ -33,6 +32,13 @@ class CancelledError(RuntimeError):
         super().__init__("the request was cancelled")
 
 
+class UndeliveredError(RuntimeError):
+    """A part of the answer could not be sent, so the rest is of no use."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(f"the answer could not be sent: {type(cause).__name__}: {cause}; ask again")
+
+
 class Request(Protocol):
     """A client's request. Its methods are called from one thread, not the one that submits it."""
 
@@ -47,7 +53,7 @@ class Request(Protocol):
         ...
 
     def fail(self, error: Exception) -> None:
-        """The end: `PromptTooLongError` or ValueError (the request is wrong), `CancelledError`, `UnhealthyError`."""
+        """The end: `PromptTooLongError` or ValueError (the request is wrong), or one of this module's errors."""
         ...
 
     def cancelled(self) -> bool: ...
@@ -80,6 +86,8 @@ class Generation:
         # Those that are not answered to their end; the other thread's: those of them whose client has gone.
         self._live: set[Request] = set()
         self._gone: set[Request] = set()
+        # Those that were told to ask again, and of whom the engine does not know it yet.
+        self._undelivered: set[Request] = set()
         self._asked = time.monotonic()
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._work, self._respond)]
@@ -90,7 +98,8 @@ class Generation:
         """Returns at once."""
         with self._lock:
             self._live.add(request)
-        self._inbox.put((request, True))
+            # Under the lock: that its client has gone must not overtake it.
+            self._inbox.put((request, True))
 
     def close(self) -> None:
         """Ends when all requests so far are answered."""
@@ -130,7 +139,8 @@ class Generation:
             try:
                 self._engine.add(request, request.prompt, request.sampling, stream=request.stream)
                 self._under_way.add(request)
-            except (PromptTooLongError, ValueError) as error:
+            # Whatever it is: this thread goes on for the others.
+            except Exception as error:
                 self._outbox.put((request, error.with_traceback(None)))
         return True
 
@@ -149,7 +159,11 @@ class Generation:
                 self._outbox.put((request, self._failure))
                 self._engine.cancel(request)
             self._under_way.clear()
-            self._on_failure(error)
+            try:
+                self._on_failure(error)
+            except Exception:
+                # A server that unloads no model on demand: this thread goes on to answer requests.
+                traceback.print_exc()
 
     def _respond(self) -> None:
         while self._answer():
@@ -181,14 +195,38 @@ class Generation:
 
     def _send(self, request: Request, what: Progress | Exception) -> None:
         last = isinstance(what, Exception) or what.finish_reason is not None
+        if request in self._undelivered:
+            if last:
+                self._undelivered.discard(request)
+            return
         if last:
-            with self._lock:
-                self._live.discard(request)
+            self._forget(request)
         try:
             if isinstance(what, Exception):
                 request.fail(what)
             else:
                 request.answer(what)
-        except Exception:
-            # One client's connection; the others' requests go on.
+        except Exception as error:
+            # One client's connection, or no room in shared memory; the others' requests go on.
             traceback.print_exc()
+            if not isinstance(what, Exception):
+                self._give_up(request, error.with_traceback(None), known=last)
+
+    def _give_up(self, request: Request, error: Exception, *, known: bool) -> None:
+        """Tells the client, who would wait for ever or take a text with a hole for whole.
+
+        Args:
+            known: the engine has done with it.
+        """
+        self._forget(request)
+        if not known:
+            self._undelivered.add(request)
+            self._inbox.put((request, False))
+        try:
+            request.fail(UndeliveredError(error))
+        except Exception:
+            traceback.print_exc()
+
+    def _forget(self, request: Request) -> None:
+        with self._lock:
+            self._live.discard(request)

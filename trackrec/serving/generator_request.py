@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trackrec.llm.continuous import Progress, Sampling
 from trackrec.llm.engine import PromptTooLongError
-from trackrec.serving.generation import CancelledError, UnhealthyError
+from trackrec.serving.generation import CancelledError, UndeliveredError, UnhealthyError
 from trackrec.serving.generator_model import FLAGS
 from trackrec.serving.vllm_args import SamplingParameters
 
@@ -56,7 +56,7 @@ class GeneratorRequest:
             )
         elif isinstance(error, CancelledError):
             message, code = str(error), pb.TritonError.CANCELLED
-        elif isinstance(error, UnhealthyError):
+        elif isinstance(error, UnhealthyError | UndeliveredError):
             message, code = str(error), pb.TritonError.UNAVAILABLE
         respond_error(self._sender, message, code)
 
