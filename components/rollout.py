@@ -134,7 +134,8 @@ class _Roll:
                     f"deployment {self.name} --namespace {self.namespace} --replicas=1"
                 )
             serves, proved = _serves(found), _version_of(found.metadata.annotations)
-            if proved is None and serves != self.version and _is_complete(found):
+            if serves is not None and serves != self.version and _is_complete(found):
+                # All its pods have answered their startup probes. The annotation may name what somebody has undone.
                 proved = serves
             self.rollout = Rollout(self.version, proved)
             if serves == proved == self.version and _is_complete(found):

@@ -187,6 +187,20 @@ def test_the_first_version_has_nothing_to_go_back_to(cluster: Callable[..., Depl
     assert api.available == [NEW.name] * 2 and api.annotations == {VERSION: NEW.name, URI: NEW.uri}
 
 
+def test_a_version_that_somebody_has_undone_is_not_put_back(cluster: Callable[..., DeploymentApi]) -> None:
+    """`kubectl rollout undo` changes the template alone: the Deployment still says that the later version is good."""
+    api = cluster()
+    undone = {VERSION: "v-9", URI: "gs://b/v-9"}
+    api.patch({"metadata": {"annotations": undone}})
+    api.behaviours[NEW.name] = deployment_api.crashes
+    with pytest.raises(RolloutError, match="version v-1 was put back, and serves"):
+        roll(api)
+    assert api.serves == OLD.name and api.available == [OLD.name] * 2
+    del api.behaviours[NEW.name]
+    assert roll(api).previous == OLD
+    assert api.annotations == {VERSION: NEW.name, URI: NEW.uri, PREVIOUS: OLD.name, PREVIOUS_URI: OLD.uri}
+
+
 def test_a_cancelled_rollout_is_rolled_back(cluster: Callable[..., DeploymentApi]) -> None:
     api = cluster()
     api.behaviours[NEW.name] = deployment_api.never
