@@ -56,6 +56,19 @@ def test_there_is_one_folder_for_each_image() -> None:
     assert folders == set(IMAGES) == set(images.LOCKS_OF)
 
 
+def test_what_a_base_has_stays_as_it_is(tmp_path: Path) -> None:
+    """Of the lock only what this python has not; the server's wheel never, where there is a server."""
+    (tmp_path / "left.dist-info").mkdir()
+    (tmp_path / "left.dist-info/METADATA").touch()
+    absent = "no-such.package==1.0 \\\n    --hash=sha256:00 \\\n    --hash=sha256:01\n"
+    there = [f"{name}==0.1 \\\n    --hash=sha256:00\n" for name in ("numpy", "PyYAML", "nvidia-pytriton")]
+    lock = tmp_path / "lock.txt"
+    lock.write_text("".join([there[0], "# why\n", absent, *there[1:]]), encoding="utf-8")
+    script = images.ROOT / "images/triton/lacking.py"
+    subprocess.run([sys.executable, script, lock], env={"PYTHONPATH": str(tmp_path)}, check=True)
+    assert lock.read_text(encoding="utf-8") == f"# why\n{absent}"
+
+
 @pytest.mark.parametrize("image", IMAGES)
 def test_an_image_runs_without_root_on_any_base(image: str) -> None:
     lines = dockerfile(image).splitlines()

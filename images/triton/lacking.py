@@ -29,5 +29,6 @@ def _normal(name: str) -> str:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    found = {_normal(each.metadata["Name"]) for each in distributions()}
+    # What is left of a package that was taken away badly has no name.
+    found = {_normal(name) for each in distributions() if (name := each.metadata["Name"])}
     path.write_text(lacking(path.read_text(encoding="utf-8"), found), encoding="utf-8")
