@@ -20,6 +20,7 @@ from trackrec.llm.engine import open_engine
 from trackrec.prompts.render import cot_prompt
 from trackrec.serving import repository, server, smoke, version
 from trackrec.serving.contract import GeneratorContract
+from trackrec.stages import export
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,22 @@ def test_a_model_that_the_server_does_not_load_is_not_published(tmp_path: Path, 
     (broken / "model.safetensors").write_bytes(b"no weights at all")
     few = {name: given[name] for name in ("base_model", "metrics")} | {"generator": broken}
     with pytest.raises(server.ServerError, match=r"the Triton server ended[\s\S]*generator[\s\S]*SafetensorError"):
+        exported(tmp_path / "out/repository", few)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_model_that_writes_into_its_own_folder_is_not_published(
+    tmp_path: Path, given: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version's name would be of other files than those that answered."""
+
+    def tried(settings: object, folder: Path, log: Path) -> tuple[dict[str, object], dict[str, object]]:
+        (folder / "generator/1/weights/cache.json").write_text("{}")
+        return {}, {}
+
+    monkeypatch.setattr(export, "_tried", tried)
+    few = {name: given[name] for name in ("base_model", "generator", "metrics")}
+    with pytest.raises(ValueError, match=r"a model changed generator/1/weights/cache\.json while it was served"):
         exported(tmp_path / "out/repository", few)
     assert not list((tmp_path / "out").glob("*"))
 
