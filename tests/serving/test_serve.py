@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import urllib.request
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from tests.ports import free_address
 from trackrec import storage
 from trackrec.config import EncodeSettings
 from trackrec.fetch import fetch
-from trackrec.serving import repository, version
+from trackrec.serving import repository, server, version
+from trackrec.serving.local import FEATURES_ENV
 
 
 class _None(BaseModel):
@@ -81,18 +83,17 @@ class Served:
 def served(published: Path, tmp_path: Path) -> Iterator[Served]:
     link = tmp_path / "release"
     storage.link(link, published)
-    one = Served("--repository", str(link))
+    one = Served("--repository", str(link), "--features", "runs/features")
     yield one
     if one.process.poll() is None:
         one.process.send_signal(signal.SIGTERM)
         one.ended()
 
 
-def shm_prefix(command: int) -> str:
-    """Of the server that the process `command` started."""
-    [server] = Path(f"/proc/{command}/task/{command}/children").read_text().split()
-    line = Path(f"/proc/{server}/cmdline").read_text()
-    return line.partition("shm-region-prefix-name=")[2].partition("\0")[0]
+def process_of(command: int) -> Path:
+    """The server that the process `command` started, in /proc."""
+    [process] = Path(f"/proc/{command}/task/{command}/children").read_text().split()
+    return Path("/proc", process)
 
 
 def scraped(port: str) -> bytes:
@@ -107,7 +108,10 @@ def test_it_says_what_it_serves_and_where_and_drains_at_the_end(served: Served, 
     grpc, http, metrics = served.ports
     assert f"version {version.read(published).version} of the run small-1" in told
     assert f"gRPC 127.0.0.1:{grpc}, HTTP 127.0.0.1:{http}" in told and "no generator: the test has none" in told
-    prefix = shm_prefix(served.process.pid)
+    process = process_of(served.process.pid)
+    # Its working folder is the repository, and the path was meant from here.
+    assert f"{FEATURES_ENV}={Path('runs/features').resolve()}" in (process / "environ").read_text().split("\0")
+    prefix = (process / "cmdline").read_text().partition("shm-region-prefix-name=")[2].partition("\0")[0]
     assert list(Path("/dev/shm").glob(f"{prefix}*"))
     with triton.InferenceServerClient(f"127.0.0.1:{grpc}") as client:
         # Two of these are more than a batch: the second waits for the first, the third for both.
@@ -137,6 +141,17 @@ def test_ctrl_c_while_it_loads_ends_it(served: Served) -> None:
     assert "ready" not in "".join(served.lines)
 
 
+def test_a_killed_command_takes_its_server_with_it(served: Served) -> None:
+    """Which would hold the ports."""
+    served.wait_for("loading version")
+    process = process_of(served.process.pid)
+    served.process.kill()
+    end = time.monotonic() + 60
+    while process.exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def failed(*arguments: str) -> str:
     one = Served(*arguments)
     assert one.ended() == 1
@@ -150,6 +165,27 @@ def test_what_is_damaged_or_no_version_is_not_served(published: Path, tmp_path: 
     with (damaged / "encoder/config.pbtxt").open("a") as file:
         file.write("\n")
     assert "encoder/config.pbtxt is missing or differs from its checksum" in failed("--repository", str(damaged))
+
+
+def test_the_servers_environment_may_lie_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one of this release with nothing but the files that are looked for."""
+    environment = tmp_path / "of two words"
+    venv.create(environment, with_pip=False)
+    release = f"{sys.version_info.major}.{sys.version_info.minor}"
+    bundled = environment / f"lib/python{release}/site-packages/pytriton/tritonserver"
+    for name in (
+        "backends/python/libtriton_python.so",
+        "backends/python/triton_python_backend_utils.py",
+        f"python_backend_stubs/{release}/triton_python_backend_stub",
+    ):
+        (bundled / name).parent.mkdir(parents=True, exist_ok=True)
+        (bundled / name).touch()
+    monkeypatch.setenv(server.ENV, str(environment))
+    command, variables = server._installation(tmp_path / "scratch")
+    assert command[0] == str(bundled / "bin/tritonserver")
+    assert variables["LD_LIBRARY_PATH"].startswith(f"{bundled.parents[1]}/nvidia_pytriton.libs:/")
+    backends = tmp_path / "scratch/backends"
+    assert {path.name for path in backends.glob("*/*")} >= {"triton_python_backend_stub", "model.py"}
 
 
 def test_without_a_server_it_says_what_to_run(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def serve(
     ready_seconds: float,
     say: Callable[[str], None],
 ) -> None:
-    """Serves until SIGTERM or SIGINT; requests under way are answered first.
+    """Serves until SIGTERM or SIGINT; requests under way are answered first, for `server.EXIT_SECONDS`.
 
     Args:
         repository: a published version; a link is followed once, so that a newer release changes nothing here.
@@ -51,7 +51,7 @@ def serve(
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         environment = {} if features is None else {FEATURES_ENV: features}
-        running = server.start(repository, log, address=address, ports=ports, environment=environment)
+        running = server.start(repository, log, address=address, ports=ports, environment=environment, outlives=False)
         try:
             say(f"loading version {served.version} of the run {served.run}; the server's log is {log}")
             if _ready(running, ready_seconds, ended):
@@ -62,7 +62,7 @@ def serve(
             while not ended.wait(_LOOK_SECONDS):
                 if running.process.poll() is not None:
                     running.wait_ready(0)  # raises, with the log's end
-            say("ending: requests under way are answered first")
+            say(f"ending: requests under way are answered first, for {server.EXIT_SECONDS} s at most")
         finally:
             running.stop()
     finally:

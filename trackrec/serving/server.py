@@ -6,13 +6,13 @@ backend of the same name and contract over transformers, serves the same reposit
 """
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -28,8 +28,16 @@ INSTALLED = Path("/opt/tritonserver")
 ENV = "TRACKREC_TRITON"
 _BACKENDS = Path(__file__).parent / "backends"
 # A drained server ends by itself; a stuck model is given up on.
-_EXIT_SECONDS = 8
+EXIT_SECONDS = 8
 _POLL_SECONDS = 0.05
+# Before a command: SIGTERM where its parent is gone, which could stop it no more. Of util-linux, as every base has it.
+_TIED = ("setpriv", "--pdeathsig", "TERM", "--")
+# Of an environment's python: where its packages and its own libraries are, and its release.
+_ASKED = """
+import json, sys, sysconfig
+release = ".".join(map(str, sys.version_info[:2]))
+print(json.dumps([sysconfig.get_path("purelib"), sysconfig.get_config_var("LIBDIR"), release]))
+"""
 
 
 class ServerError(RuntimeError):
@@ -71,11 +79,11 @@ class Server:
             time.sleep(_POLL_SECONDS)
 
     def stop(self) -> None:
-        """Ends it as Kubernetes does: requests under way are answered first."""
+        """Ends it as Kubernetes does: requests under way are answered first, for `EXIT_SECONDS`."""
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_EXIT_SECONDS + 5)
+                self.process.wait(EXIT_SECONDS + 5)
         self.kill()
 
     def kill(self) -> None:
@@ -96,6 +104,7 @@ def start(
     address: str = "127.0.0.1",
     ports: tuple[int, int, int] | None = None,
     environment: dict[str, str] | None = None,
+    outlives: bool = True,
 ) -> Server:
     """Starts the server with `repository` as its working folder: paths in a model's files are relative to it.
 
@@ -104,6 +113,7 @@ def start(
         models: those to load; all by default.
         ports: gRPC, HTTP and metrics; free ones by default.
         environment: further variables of the server and its models.
+        outlives: it stays if this process is killed; else it ends as by `stop`, also when the calling thread ends.
 
     Raises:
         ServerError: no server is installed here.
@@ -118,10 +128,10 @@ def start(
         command += [f"--{kind}-address={address}" for kind in ("grpc", "http", "metrics")]
         command += [f"--grpc-port={grpc}", f"--http-port={http}", f"--metrics-port={metrics}"]
         command += [f"--backend-config=python,shm-region-prefix-name={prefix}"]
-        command += [f"--exit-timeout-secs={_EXIT_SECONDS}"]
+        command += [f"--exit-timeout-secs={EXIT_SECONDS}"]
         out: IO[bytes] = scratch.enter_context(log.open("wb"))
         process = subprocess.Popen(
-            [part for part in command if part],
+            [*([] if outlives else _TIED), *(part for part in command if part)],
             cwd=repository,
             env={**os.environ, **variables, **(environment or {})},
             stdout=out,
@@ -144,7 +154,7 @@ def running(
     ready_seconds: float = 300,
 ) -> Iterator[Server]:
     """`start`, ready; stopped at the end."""
-    server = start(repository, log, models=models, environment=environment)
+    server = start(repository, log, models=models, environment=environment, outlives=False)
     try:
         server.wait_ready(ready_seconds)
         yield server
@@ -164,16 +174,16 @@ def check_installed() -> None:
 def _installation(scratch: Path) -> tuple[list[str], dict[str, str]]:
     """The command and the variables of the server that is installed here."""
     if (INSTALLED / "bin/tritonserver").is_file():
-        return [str(INSTALLED / "bin/tritonserver"), *_own_vllm(INSTALLED / "backends", scratch)], {}
+        # With its own backends, as the pods of a Deployment have it: what answers here answers there.
+        return [str(INSTALLED / "bin/tritonserver")], {}
     python = _environment()
-    asked = "import json, sysconfig; print(sysconfig.get_path('purelib'), sysconfig.get_config_var('LIBDIR'))"
-    answer = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
-    packages, libraries = Path(answer[0]), answer[1]
+    answer = subprocess.run([python, "-c", _ASKED], capture_output=True, text=True, check=True).stdout
+    where, libraries, version = json.loads(answer)
+    packages = Path(where)
     bundled = packages / "pytriton/tritonserver"
     backend = scratch / "backends/python"
     backend.mkdir(parents=True)
     # Copied, never linked: the backend looks for its stub beside itself.
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
     for source in (
         bundled / "backends/python/libtriton_python.so",
         bundled / "backends/python/triton_python_backend_utils.py",
@@ -188,15 +198,6 @@ def _installation(scratch: Path) -> tuple[list[str], dict[str, str]]:
     }
     command = [str(bundled / "bin/tritonserver"), f"--backend-directory={scratch / 'backends'}"]
     return [*command, "--pinned-memory-pool-byte-size=0"], variables
-
-
-def _own_vllm(backends: Path, scratch: Path) -> list[str]:
-    """Where NVIDIA's image has no vLLM: its backends, and ours of that name."""
-    if (backends / "vllm").is_dir():
-        return []
-    shutil.copytree(backends, scratch / "backends", symlinks=True)
-    shutil.copytree(_BACKENDS / "vllm", scratch / "backends/vllm")
-    return [f"--backend-directory={scratch / 'backends'}"]
 
 
 def _environment() -> Path:
