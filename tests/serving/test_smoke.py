@@ -1,5 +1,6 @@
 """The inference that a version must pass, against a real server."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import pytest
 import tritonclient.grpc as triton
 
 from tests.serving import versions
+from trackrec.features.client import Triton
+from trackrec.preflight import serving as preflight
 from trackrec.serving import server, smoke
 
 
@@ -42,6 +45,26 @@ def test_a_version_is_asked_for_one_answer_of_every_model(served: tuple[Path, se
     assert generated["prompt_tokens"] > 20 and generated["model_version"] == "g-1"
     assert (found["encoder"]["width"], found["encoder"]["num_tokens"]) == (versions.WIDTH, 5)
     assert found["ranker_base"]["scores"] == found["ranker_trackrec"]["scores"] == [0.25] * 3
+
+
+def test_the_environments_proxy_is_not_asked(
+    served: tuple[Path, server.Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is for the way out; a pod's address is none of its business. Nor is it the preflight's and the batch job's."""
+    repository, running = served
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("grpc_proxy", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert smoke.check(running.grpc, smoke.expected(repository), seconds=20)
+    assert probe(running, repository, "--alive").returncode == 0
+    assert "✔" in str(next(preflight.triton(running.grpc, "movies")))
+
+    async def contracts() -> str:
+        async with Triton(running.grpc) as job:
+            return (await job.contracts())[0].model_version
+
+    assert asyncio.run(contracts()) == "g-1"
 
 
 def test_a_server_of_another_version_does_not_pass(served: tuple[Path, server.Server], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trackrec.features import wire
 from trackrec.features.wire import ENCODER, GENERATOR, Generated
-from trackrec.serving.contract import EncoderContract, GeneratorContract
+from trackrec.serving.contract import CHANNEL, EncoderContract, GeneratorContract
 
 _STREAMS = 4
 _CHANNEL = [
@@ -29,6 +29,7 @@ _CHANNEL = [
     # After a restart the server is looked for often; the default grows to two minutes.
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.max_receive_message_length", -1),
+    *CHANNEL,
 ]
 # The server's, not the request's failure, or maybe so.
 _SERVER = (

@@ -9,7 +9,7 @@ from trackrec import storage
 from trackrec.config import Domain
 from trackrec.preflight.findings import Finding, fault, ok
 from trackrec.preflight.folders import can_be_read
-from trackrec.serving.contract import ContractError, EncoderContract, GeneratorContract
+from trackrec.serving.contract import CHANNEL, ContractError, EncoderContract, GeneratorContract
 
 _SECONDS = 10.0
 
@@ -21,8 +21,7 @@ def triton(address: str, domain: Domain) -> Iterator[Finding]:
         address: HOST:PORT of its gRPC endpoint.
         domain: of the prompts that the job will send.
     """
-    # A proxy of the environment's is for the way out, and this is a neighbour.
-    client = InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)])
+    client = InferenceServerClient(address, channel_args=CHANNEL)
     where = f"Triton at {address}"
     try:
         client.is_server_live(client_timeout=_SECONDS)

@@ -14,6 +14,8 @@ from trackrec.config import Count, Domain, Positive, Rate, Text
 
 # The key in `parameters`.
 PARAMETER = "trackrec"
+# Of a client's gRPC channel: a proxy of the environment's is for the way out, and a server is a neighbour.
+CHANNEL = [("grpc.enable_http_proxy", 0)]
 
 
 class ContractError(ValueError):

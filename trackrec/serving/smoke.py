@@ -24,6 +24,7 @@ from tritonclient.utils import InferenceServerException
 
 from trackrec.prompts.render import ShownItem, cot_prompt
 from trackrec.serving.contract import (
+    CHANNEL,
     Contract,
     ContractError,
     EncoderContract,
@@ -111,7 +112,7 @@ def check(address: str, served: Expected, *, seconds: float = _SECONDS) -> dict[
         SlowError: it has not answered in time.
     """
     found: dict[str, Any] = {}
-    with triton.InferenceServerClient(address) as client:
+    with triton.InferenceServerClient(address, channel_args=CHANNEL) as client:
         for name, version in served.versions.items():
             try:
                 contract = _class_of(name).of(client.get_model_config(name, client_timeout=seconds))
@@ -243,7 +244,7 @@ def _split(
 
 def _lives(address: str, seconds: float) -> bool:
     try:
-        with triton.InferenceServerClient(address) as client:
+        with triton.InferenceServerClient(address, channel_args=CHANNEL) as client:
             return bool(client.is_server_live(client_timeout=seconds))
     except InferenceServerException:
         return False
