@@ -19,7 +19,8 @@ from tests.serving.generators import CONFIG, Stream, generator_repository
 from trackrec.llm.chat import encode_chat
 from trackrec.llm.models import save_model
 from trackrec.prompts.render import cot_prompt
-from trackrec.serving.prompts import chat_of, wrap
+from trackrec.serving.chat import chat_of
+from trackrec.serving.prompts import wrap
 from trackrec.serving.server import Server, running
 
 ROWS = 4

@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 from trackrec.llm.chat import encode_chat
 from trackrec.llm.tokens import TokenizerError
 from trackrec.prompts.render import ShownItem, cot_prompt
-from trackrec.serving.prompts import Chat, broken_up, chat_of, wrap
+from trackrec.serving.chat import chat_of
+from trackrec.serving.prompts import Chat, broken_up, wrap
 
 HISTORY: list[ShownItem] = [
     {"title": "Schindler's List (1993)", "rating": 5.0, "label": 1},

@@ -26,7 +26,8 @@ from trackrec.ctr import ranker as rankers
 from trackrec.data import schema
 from trackrec.llm import models
 from trackrec.llm.encoder import TextEncoder
-from trackrec.serving import prompts, version, weights
+from trackrec.serving import version, weights
+from trackrec.serving.chat import chat_of
 from trackrec.serving.contract import (
     PARAMETER,
     Contract,
@@ -79,7 +80,7 @@ def write_generator(
     weights.write_json(files / "model.json", arguments | lora)
     if lora:
         weights.write_json(files / "multi_lora.json", {_LORA_NAME: "generator/1/adapter"})
-    chat = prompts.chat_of(models.load_tokenizer(files / "weights"))
+    chat = chat_of(models.load_tokenizer(files / "weights"))
     contract = GeneratorContract(
         # Not the engine's arguments: another share of the GPU's memory makes no other texts.
         model_version=_version(files / "weights", files / "adapter"),
