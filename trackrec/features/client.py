@@ -21,8 +21,6 @@ from trackrec.serving.contract import CHANNEL, EncoderContract, GeneratorContrac
 
 _STREAMS = 4
 _CHANNEL = [
-    # A proxy of the environment's is for the way out, and this is a neighbour.
-    ("grpc.enable_http_proxy", 0),
     # Without this, a machine that has vanished is noticed after the system's quarter of an hour.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
