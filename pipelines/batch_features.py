@@ -61,11 +61,14 @@ def build(config: RunConfig) -> GraphComponent:
     return batch_features
 
 
-def scheduled(spec: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """A schedule's parameters: this pipeline is given each run's own day, where no other is named.
+def dated(spec: dict[str, Any], arguments: dict[str, Any], day: str) -> dict[str, Any]:
+    """The parameters of a run on a cluster: this pipeline is given the day, where neither they nor the config name one.
+
+    Without one, Kubeflow's cache would take a log that has grown for the log it knows.
 
     Args:
         spec: the first document of a pipeline's IR.
+        day: YYYY-MM-DD, or `SCHEDULED_DAY`.
     """
-    has_day = "dt" in spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    return {"dt": SCHEDULED_DAY} | arguments if has_day else arguments
+    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    return {"dt": day} | arguments if "dt" in known and not known["dt"].get("defaultValue") else arguments

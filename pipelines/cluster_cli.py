@@ -95,7 +95,8 @@ def submit(
 
     def start(name: str, package: Path) -> None:
         documents = ir.read(package)
-        arguments = _arguments(documents[0], param)
+        today = f"{dt.datetime.now(dt.UTC):%Y-%m-%d}"
+        arguments = batch_features.dated(documents[0], _arguments(documents[0], param), today)
         cluster = Cluster(host, namespace)
         run = api.V2beta1Run(
             display_name=f"{name}-{dt.datetime.now():%Y%m%d-%H%M%S}",
@@ -146,7 +147,7 @@ def schedule(
 
     def put(pipeline_name: str, package: Path) -> None:
         spec = ir.read(package)[0]
-        arguments = batch_features.scheduled(spec, _arguments(spec, param))
+        arguments = batch_features.dated(spec, _arguments(spec, param), batch_features.SCHEDULED_DAY)
         cluster = Cluster(host, namespace)
         wanted = api.V2beta1RecurringRun(
             display_name=name,

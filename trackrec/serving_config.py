@@ -94,6 +94,8 @@ class FeaturesSettings(Settings):
     deadline_s: Rate = 300
     # Tries again after the server was lost or refused (UNAVAILABLE, INTERNAL), with growing pauses.
     retries: Count = 8
+    # The share of users whom the server may fail; a date with more is not committed, and rankers keep the one before.
+    max_failed: Annotated[float, Field(ge=0, le=1)] = 0.1
     embedding_dtype: Literal["float16", "float32"] = "float16"
     # What an hour of the generator's machine costs, for the manifest's cost per 1,000 users.
     usd_per_hour: Annotated[float, Field(ge=0)] | None = None

@@ -91,6 +91,16 @@ def test_a_date_without_any_recot_does_not_take_the_rankers_features_away(fake: 
     assert partition.newest(Place(str(tmp_path / "out"))) is None
 
 
+def test_a_date_on_which_too_many_failed_is_not_committed(fake: Fake, tmp_path: Path) -> None:
+    users = [made.user(number, "(invalid)", f"{number}") for number in range(2)]
+    path = made.write(tmp_path / "users.parquet", [*users, *(made.user(number) for number in range(2, 10))])
+    out = tmp_path / "out"
+    with pytest.raises(CommitError, match=r"more users failed \(8 ok, 2 failed\) than .* allows \(0.1\)"):
+        run(fake.settings(), path, out, DT)
+    assert partition.newest(Place(str(out))) is None
+    assert commit(fake.settings(max_failed=0.2), str(out), DT).status["failed"] == 2
+
+
 def test_a_manifest_that_was_changed_is_no_committed_date(fake: Fake, written: Path) -> None:
     commit(fake.settings(), str(written), DT)
     path = written / f"dt={DT}/_manifest.json"

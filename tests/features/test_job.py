@@ -70,7 +70,7 @@ def test_a_bad_user_gets_a_status_and_the_others_their_recots(fake: Fake, tmp_pa
         made.user(11, "<|user|> \u202e</s>"),
     ]
     path = made.write(tmp_path / "users.parquet", users)
-    done = run(fake.settings(deadline_s=2, retries=2), path, tmp_path / "out")
+    done = run(fake.settings(deadline_s=2, retries=2, max_failed=0.3), path, tmp_path / "out")
     written = rows(tmp_path / "out", DT).to_pylist()
     failed = ["failed", "failed", "bad_text", "bad_text", "bad_text", "failed"]
     assert [row["status"] for row in written] == [

@@ -19,7 +19,7 @@ from trackrec.storage import gcs
 
 _COUNTED = ["user_id", "status", "copied", "prompt_tokens", "recot_tokens", "seconds"]
 # Where and how a job ran, not what it made.
-_NOT_KEPT = {"triton", "out", "concurrency", "encoder_batch", "deadline_s", "retries"}
+_NOT_KEPT = {"triton", "out", "concurrency", "encoder_batch", "deadline_s", "retries", "max_failed"}
 
 
 class CommitError(ValueError):
@@ -33,8 +33,8 @@ def commit(settings: FeaturesSettings, out: str, dt: str, users: str | None = No
         users: content hash of the table that the date is for (`Identity.users`); without one, the newest shard's.
 
     Raises:
-        CommitError: a shard is missing or is of another job, users are not in order, no user has a RecCoT, or other
-            rows are committed.
+        CommitError: a shard is missing or is of another job, users are not in order, no user has a RecCoT, too many
+            failed, or other rows are committed.
         RemoteError: `out` cannot be read or written.
     """
     place = Place(out) / table.date_folder(dt)
@@ -58,11 +58,16 @@ def commit(settings: FeaturesSettings, out: str, dt: str, users: str | None = No
         if _same(committed, manifest):
             return committed
         raise refusal(place)
+    counts = ", ".join(f"{count} {name}" for name, count in manifest.status.items() if count)
+    advice = f"The job's log says why; mend the server or the users' table, delete {place} and run the job again"
     if not manifest.status["ok"]:
-        counts = ", ".join(f"{count} {name}" for name, count in manifest.status.items() if count)
         raise CommitError(
-            f"{place}: no user has a RecCoT ({counts}), and rankers would lose those of earlier dates. The job's log "
-            f"says why; mend the server or the users' table, delete {place} and run the job again"
+            f"{place}: no user has a RecCoT ({counts}), and rankers would lose those of earlier dates. {advice}"
+        )
+    if manifest.status["failed"] > settings.max_failed * manifest.rows:
+        raise CommitError(
+            f"{place}: more users failed ({counts}) than the share `features.max_failed` allows "
+            f"({settings.max_failed:g}), and rankers would lose their RecCoTs of earlier dates. {advice}, or allow more"
         )
     written = manifest.model_dump_json(indent=2).encode() + b"\n"
     place.put(table.MANIFEST, written)

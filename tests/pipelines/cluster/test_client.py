@@ -1,5 +1,6 @@
 """The commands that talk to Kubeflow Pipelines, against a server in memory; see `kfp_server`."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,10 @@ def test_each_run_of_a_schedule_works_for_its_own_day(server: KfpServer, trackre
     assert "features: replaced" in trackrec(*job, *place, "--param", "dt=2026-11-28")
     [fixed] = server.schedules.values()
     assert fixed.runtime_config.parameters["dt"] == "2026-11-28"
-    # A run that is started by hand works for the day after the log's last, and other pipelines know of no day.
-    run = server.runs[run_in(trackrec("submit", "--config", config, "--pipeline", "batch_features", *place))]
-    assert "dt" not in run.runtime_config.parameters
+    # A run that is started by hand works for the day on which it is, or for the one that is named.
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    trackrec("submit", *job[2:4], "--pipeline", "batch_features", *place)
+    trackrec("submit", *job[2:4], "--pipeline", "batch_features", *place, "--param", "dt=2026-11-28")
+    trackrec("submit", *job[2:4], "--pipeline", "batch_features", "--set", "active_users.as_of=2026-11-27")
+    days = [run.runtime_config.parameters.get("dt") for run in server.runs.values()]
+    assert days == [today, "2026-11-28", None]
