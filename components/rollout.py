@@ -24,6 +24,8 @@ from trackrec.stages.deploy import Roll
 # On the template: what its pods serve. On the Deployment: what last proved good, and before that.
 VERSION, URI = "trackrec/version", "trackrec/version-uri"
 PREVIOUS, PREVIOUS_URI = "trackrec/previous-version", "trackrec/previous-version-uri"
+# On the Deployment: a version that was put back, and by which run, so that the run's next tries do not repeat it.
+REFUSED = "trackrec/refused"
 
 _POLL_SECONDS = 3.0
 # A control plane that is being upgraded may be away for minutes; the rollout goes on meanwhile.
@@ -70,6 +72,7 @@ def roll(
     smoke: Callable[[str], dict[str, Any]],
     *,
     timeout_s: float,
+    run: str = "",
 ) -> Rollout:
     """Rolls `version` out, or takes up what a killed try of the same has begun; goes back if it does not prove good.
 
@@ -78,16 +81,20 @@ def roll(
     Args:
         smoke: asks the server at HOST:PORT for an answer of every model; raises SmokeError.
         timeout_s: without any progress (a pod more that is new, ready, asked, or gone) the old version is put back.
+        run: what a stage's tries have in common; what one of them has put back, the next does not roll out again.
 
     Raises:
         RolloutError: it is not rolled out; as one line, why. The new pods' last lines stand above.
         UnreachableError: the API is away.
     """
-    return _Roll(cluster, deployment, version, smoke, timeout_s).run()
+    return _Roll(cluster, deployment, version, smoke, timeout_s, run).rolled()
 
 
-def roller(settings: DeploySettings) -> Roll:
+def roller(settings: DeploySettings, run: str) -> Roll:
     """`roll` in the cluster of this pod, for the stage.
+
+    Args:
+        run: the pipeline's run.
 
     Raises:
         OutsideError: this is no pod.
@@ -97,7 +104,7 @@ def roller(settings: DeploySettings) -> Roll:
         cluster = Cluster(cluster.api, settings.namespace)
 
     def rolled(name: str, uri: str, smoke: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-        done = roll(cluster, settings.deployment, Version(name, uri), smoke, timeout_s=settings.timeout_s)
+        done = roll(cluster, settings.deployment, Version(name, uri), smoke, timeout_s=settings.timeout_s, run=run)
         return asdict(done)
 
     return rolled
@@ -115,6 +122,7 @@ class _Roll:
         version: Version,
         smoke: Callable[[str], dict[str, Any]],
         timeout_s: float,
+        run: str,
     ) -> None:
         self.apps = AppsV1Api(cluster.api)
         self.states = PodStates(CoreV1Api(cluster.api), cluster.namespace)
@@ -123,11 +131,17 @@ class _Roll:
         self.version = version
         self.smoke = smoke
         self.timeout_s = timeout_s
+        self.refused = f"{version.name} {run}" if run else ""
         self.heard = time.monotonic()
 
-    def run(self) -> Rollout:
+    def rolled(self) -> Rollout:
         with sigterm_as_exit():
             found = self._get()
+            if self.refused and (found.metadata.annotations or {}).get(REFUSED) == self.refused:
+                raise RolloutError(
+                    f"an earlier try of this run has put {self.version.name} back, and its log says why; mend that, "
+                    "then release again"
+                )
             if not found.spec.replicas:
                 raise RolloutError(
                     f"Deployment {self.name} has no replicas, so no pod can prove the version; run: kubectl scale "
@@ -147,7 +161,9 @@ class _Roll:
             except (_OvertakenError, UnreachableError):
                 raise
             except RolloutError as error:
-                raise RolloutError(f"{self.version.name} is not rolled out: {error}; {self._go_back()}") from None
+                outcome = self._go_back()
+                self._remember()
+                raise RolloutError(f"{self.version.name} is not rolled out: {error}; {outcome}") from None
             except BaseException:  # SIGTERM among them
                 self._put_back()
                 raise
@@ -266,6 +282,13 @@ class _Roll:
         except (RolloutError, UnreachableError) as error:
             print(f"Deployment {self.name}: {error}", flush=True)
             return False
+
+    def _remember(self) -> None:
+        if self.refused:
+            try:
+                self._send({"metadata": {"annotations": {REFUSED: self.refused}}})
+            except (RolloutError, UnreachableError) as error:
+                print(f"Deployment {self.name}: {error}", flush=True)
 
     def _pods(self, found: Any, version: Version | None) -> list[Any]:
         selector = ",".join(f"{key}={value}" for key, value in sorted(found.spec.selector.match_labels.items()))

@@ -92,7 +92,10 @@ def _released(
     )
     exported = place(task, "export", config).outputs
     if deployed:
-        place(deploy(settings=values(config.deploy), repository=exported["repository"]), "deploy", config)
+        rolled = deploy(
+            settings=values(config.deploy), run=dsl.PIPELINE_JOB_ID_PLACEHOLDER, repository=exported["repository"]
+        )
+        place(rolled, "deploy", config)
 
 
 def arguments(record: RunRecord, config: RunConfig, own: RunConfig, own_text: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from components import images
 
 
 @dsl.component(base_image=images.released("deploy"), install_kfp_package=False)
-def deploy(settings: dict, repository: Input[Model], rollout: Output[Artifact]) -> None:
+def deploy(settings: dict, run: str, repository: Input[Model], rollout: Output[Artifact]) -> None:
     """Rolls the Triton Deployment to a version, one pod at a time; puts the old one back if the new one fails.
 
     A version counts once every new pod is ready and has passed a smoke inference; until then the old pods serve. One
@@ -15,6 +15,7 @@ def deploy(settings: dict, repository: Input[Model], rollout: Output[Artifact]) 
 
     Args:
         settings: `trackrec.serving_config.DeploySettings`.
+        run: The run's id: what one of its tries has put back, the next does not roll out again.
         repository: The version: what the stage `export` wrote.
         rollout: What was rolled out: version, place, the version before, each new pod's smoke inference.
     """
@@ -25,5 +26,5 @@ def deploy(settings: dict, repository: Input[Model], rollout: Output[Artifact]) 
     from trackrec.stages import deploy as stage
 
     given = serving_config.DeploySettings.model_validate(settings)
-    stage.run(given, repository=Path(repository.path), rollout=Path(rollout.path), roll=roller(given))
+    stage.run(given, repository=Path(repository.path), rollout=Path(rollout.path), roll=roller(given, run))
     rollout.metadata.update(storage.numbers(rollout.path))

@@ -13,7 +13,7 @@ import pytest
 from kubernetes.client import ApiClient, Configuration
 
 from components import incluster, rollout
-from components.rollout import PREVIOUS, PREVIOUS_URI, URI, VERSION, Rollout, RolloutError, Version
+from components.rollout import PREVIOUS, PREVIOUS_URI, REFUSED, URI, VERSION, Rollout, RolloutError, Version
 from tests.components import deployment_api
 from tests.components.deployment_api import NAME, NAMESPACE, DeploymentApi
 from tests.serving import versions
@@ -54,9 +54,11 @@ def passes(address: str) -> dict[str, Any]:
     return {"generator": {"text": address}}
 
 
-def roll(api: DeploymentApi, ask: Callable[[str], dict[str, Any]] = passes, timeout_s: float = 20) -> Rollout:
+def roll(
+    api: DeploymentApi, ask: Callable[[str], dict[str, Any]] = passes, timeout_s: float = 20, run: str = ""
+) -> Rollout:
     client = ApiClient(Configuration(host=api.url))
-    return rollout.roll(incluster.Cluster(client, NAMESPACE), NAME, NEW, ask, timeout_s=timeout_s)
+    return rollout.roll(incluster.Cluster(client, NAMESPACE), NAME, NEW, ask, timeout_s=timeout_s, run=run)
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -167,6 +169,24 @@ def test_one_lost_connection_condemns_no_version(cluster: Callable[..., Deployme
     api = cluster(grpc_port=8001)
     assert len(roll(api, once_away).smoke) == 2
     assert asked == ["127.0.0.1:8001"] * 3
+
+
+def test_what_one_try_of_a_run_has_put_back_the_next_does_not_roll_out_again(
+    cluster: Callable[..., DeploymentApi],
+) -> None:
+    def refuses(address: str) -> dict[str, Any]:
+        raise smoke.SmokeError("the generator says nothing")
+
+    api = cluster()
+    with pytest.raises(RolloutError, match="says nothing; version v-1 was put back"):
+        roll(api, refuses, run="run-1")
+    assert api.serves == OLD.name and api.annotations[REFUSED] == f"{NEW.name} run-1"
+    sent = len(api.patches)
+    with pytest.raises(RolloutError, match="an earlier try of this run has put v-2 back"):
+        roll(api, run="run-1")
+    assert len(api.patches) == sent
+    # Another run is somebody's decision.
+    assert not roll(api, run="run-2").was_there and api.serves == NEW.name
 
 
 def test_a_version_that_is_there_costs_nothing(cluster: Callable[..., DeploymentApi]) -> None:
@@ -342,7 +362,7 @@ def test_an_api_that_stays_away_leaves_the_rollout_to_the_next_try(
 def test_outside_of_a_cluster_nothing_is_rolled_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(incluster.OutsideError, match="the stage `deploy` needs a pod with a service account's token"):
-        rollout.roller(DeploySettings())
+        rollout.roller(DeploySettings(), "run-1")
 
 
 def test_the_stages_settings_reach_the_rollout(
@@ -351,6 +371,6 @@ def test_the_stages_settings_reach_the_rollout(
     api = cluster()
     own = incluster.Cluster(ApiClient(Configuration(host=api.url)), "another")
     monkeypatch.setattr(rollout, "in_cluster", lambda what: own)
-    rolled = rollout.roller(DeploySettings(deployment=NAME, namespace=NAMESPACE, timeout_s=20))
+    rolled = rollout.roller(DeploySettings(deployment=NAME, namespace=NAMESPACE, timeout_s=20), "run-1")
     done = rolled(NEW.name, NEW.uri, passes)
     assert (done["version"]["name"], done["previous"]["name"], len(done["smoke"])) == ("v-2", "v-1", 2)
