@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.features import made
-from tests.features.conftest import Fake, run
+from tests.features.conftest import Fake, rows, run
 from trackrec import storage
 from trackrec.features import job, partition, table
 from trackrec.features.commit import CommitError, _union, commit
@@ -91,14 +91,32 @@ def test_a_date_without_any_recot_does_not_take_the_rankers_features_away(fake: 
     assert partition.newest(Place(str(tmp_path / "out"))) is None
 
 
-def test_a_date_on_which_too_many_failed_is_not_committed(fake: Fake, tmp_path: Path) -> None:
-    users = [made.user(number, "(invalid)", f"{number}") for number in range(2)]
+def test_a_date_on_which_too_many_failed_is_not_committed_and_they_are_asked_for_again(
+    fake: Fake, tmp_path: Path
+) -> None:
+    users = [made.user(number, "(broken)", f"{number}") for number in range(2)]
     path = made.write(tmp_path / "users.parquet", [*users, *(made.user(number) for number in range(2, 10))])
-    out = tmp_path / "out"
-    with pytest.raises(CommitError, match=r"more users failed \(8 ok, 2 failed\) than .* allows \(0.1\)"):
-        run(fake.settings(), path, out, DT)
-    assert partition.newest(Place(str(out))) is None
-    assert commit(fake.settings(max_failed=0.2), str(out), DT).status["failed"] == 2
+    out, broken = tmp_path / "out", fake.log.with_name(f"{fake.log.name}.broken")
+    broken.touch()
+    try:
+        with pytest.raises(CommitError, match=r"more users failed \(8 ok, 2 failed\) than .* allows \(0.1\)"):
+            run(fake.settings(), path, out, DT)
+        assert partition.newest(Place(str(out))) is None
+        before = rows(out, DT)
+    finally:
+        broken.unlink()
+    fake.asked()
+    assert run(fake.settings(), path, out, DT).status == {"ok": 10}
+    assert len(fake.asked()) == 2
+    assert rows(out, DT).slice(2).equals(before.slice(2))
+    # Committed, it is what it is.
+    assert job.run_shards(fake.settings(), path, str(out), DT).skipped == 1
+
+
+def test_a_share_of_users_may_fail(fake: Fake, tmp_path: Path) -> None:
+    path = made.write(tmp_path / "users.parquet", [made.user(0, "(invalid)"), *(made.user(k) for k in range(1, 10))])
+    assert run(fake.settings(max_failed=0.1), path, tmp_path / "out", DT).status == {"ok": 9, "failed": 1}
+    assert partition.newest(Place(str(tmp_path / "out"))) == DT
 
 
 def test_a_manifest_that_was_changed_is_no_committed_date(fake: Fake, written: Path) -> None:

@@ -59,15 +59,16 @@ def commit(settings: FeaturesSettings, out: str, dt: str, users: str | None = No
             return committed
         raise refusal(place)
     counts = ", ".join(f"{count} {name}" for name, count in manifest.status.items() if count)
-    advice = f"The job's log says why; mend the server or the users' table, delete {place} and run the job again"
     if not manifest.status["ok"]:
         raise CommitError(
-            f"{place}: no user has a RecCoT ({counts}), and rankers would lose those of earlier dates. {advice}"
+            f"{place}: no user has a RecCoT ({counts}), and rankers would lose those of earlier dates. The job's log "
+            "says why; mend the server or the users' table and run the job again"
         )
     if manifest.status["failed"] > settings.max_failed * manifest.rows:
         raise CommitError(
             f"{place}: more users failed ({counts}) than the share `features.max_failed` allows "
-            f"({settings.max_failed:g}), and rankers would lose their RecCoTs of earlier dates. {advice}, or allow more"
+            f"({settings.max_failed:g}), and rankers would lose their RecCoTs of earlier dates. The job's log says "
+            "why; mend the server and run the job again, which asks for those that failed, or allow more"
         )
     written = manifest.model_dump_json(indent=2).encode() + b"\n"
     place.put(table.MANIFEST, written)

@@ -54,7 +54,7 @@ def run_shards(settings: FeaturesSettings, users: Path, out: str, dt: str, shard
     """Writes the date's shards k with k % `shard.of` == `shard.number`, but for those that are there.
 
     Killed, it goes on when called again: finished shards are skipped, and of the others only those RecCoTs are asked
-    for again that were under way.
+    for again that were under way. So are those that failed, until the date is committed.
 
     Args:
         users: a published directory with table `users`, a Parquet file, or a folder of such.
@@ -87,7 +87,9 @@ async def _run(settings: FeaturesSettings, users: Users, out: Place, dt: str, sh
             raise refusal(place)
         there = await asyncio.to_thread(shard_facts, place)
         own = range(shard.number, users.num_blocks(settings.shard_users), shard.of)
-        skipped = [number for number in own if number in there and there[number].identity == identity]
+        found = [number for number in own if number in there and there[number].identity == identity]
+        # Those whom the server failed are asked for again, the others of their shards are kept.
+        skipped = [number for number in found if committed is not None or not there[number].failed]
         done = Done(identity, skipped=len(skipped))
         work = work_folder(identity, out)
         _clear(work, skipped)

@@ -82,12 +82,18 @@ async def write_shard(job: Job, number: int, users: pa.Table, fed: asyncio.Event
         except BaseExceptionGroup as group:
             raise _first(group) from group
         content = await asyncio.to_thread(shard.content)
+        status = Counter(content["status"].to_pylist())
         facts = ShardFacts(
-            identity=job.identity, shard=number, generated=shard.generated, spans=kept.spans, written=time.time()
+            identity=job.identity,
+            shard=number,
+            generated=shard.generated,
+            failed=status["failed"],
+            spans=kept.spans,
+            written=time.time(),
         )
         await asyncio.to_thread(_publish, job, number, content, facts)
-    path.unlink(missing_ok=True)
-    status = Counter(content["status"].to_pylist())
+    if not facts.failed:
+        path.unlink(missing_ok=True)
     return ShardCounts(content.num_rows, len(shard.copied), shard.generated, status)
 
 

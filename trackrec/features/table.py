@@ -79,6 +79,8 @@ class ShardFacts(BaseModel):
     shard: int
     # Requests that the generator answered: users with equal prompts share one.
     generated: int
+    # Rows "failed": as long as the date is not committed, the next try asks for them again.
+    failed: int
     # When the generator worked for it, seconds since 1970, one span for each try.
     spans: list[tuple[float, float]]
     # When the file was written, seconds since 1970.

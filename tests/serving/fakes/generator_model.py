@@ -2,7 +2,7 @@
 
 What a title in the prompt says, it does: see `_ACTIONS`. With `parameters.delay_ms` it answers after so long, with
 `parameters.load_ms` it takes so long to load; with `parameters.log` it writes the hash of each prompt that it is asked
-for into that file, a line each.
+for into that file, a line each; and "(broken)" fails as long as there is a file of that name with `.broken` added.
 """
 
 import collections
@@ -47,6 +47,8 @@ class TritonPythonModel:
                     file.write(hashlib.sha256(prompt).hexdigest() + "\n")
             if b"(kills)" in prompt:
                 os._exit(9)
+            if b"(broken)" in prompt and Path(f"{self.log}.broken").exists():
+                prompt = b"(internal)"
             if b"(hangs)" in prompt:
                 self.hung = sender
                 continue
