@@ -30,6 +30,9 @@ _BACKENDS = Path(__file__).parent / "backends"
 # A drained server ends by itself; a stuck model is given up on.
 EXIT_SECONDS = 8
 _POLL_SECONDS = 0.05
+# The models are processes that share the cores. A thread that spins while it waits for the others of its operation, as
+# OpenMP's do, keeps them from running: with a second busy process a decoding step took fifty times as long.
+_SHARED = {"OMP_WAIT_POLICY": "PASSIVE"}
 # Before a command: SIGTERM where its parent is gone, which could stop it no more. Of util-linux, as every base has it.
 _TIED = ("setpriv", "--pdeathsig", "TERM", "--")
 # Of an environment's python: where its packages and its own libraries are, and its release.
@@ -133,7 +136,7 @@ def start(
         process = subprocess.Popen(
             [*([] if outlives else _TIED), *(part for part in command if part)],
             cwd=repository,
-            env={**os.environ, **variables, **(environment or {})},
+            env={**_SHARED, **os.environ, **variables, **(environment or {})},
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
