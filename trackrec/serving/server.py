@@ -31,7 +31,7 @@ _BACKENDS = Path(__file__).parent / "backends"
 EXIT_SECONDS = 8
 _POLL_SECONDS = 0.05
 # The models are processes that share the cores. A thread that spins while it waits for the others of its operation, as
-# OpenMP's do, keeps them from running: with a second busy process a decoding step took fifty times as long.
+# OpenMP's do, keeps them from running: beside another busy process a decoding step took ten times as long.
 _SHARED = {"OMP_WAIT_POLICY": "PASSIVE"}
 # Before a command: SIGTERM where its parent is gone, which could stop it no more. Of util-linux, as every base has it.
 _TIED = ("setpriv", "--pdeathsig", "TERM", "--")
