@@ -35,7 +35,7 @@ triton: ## Make .venv-triton: the Triton server, and what its models run in on a
 .PHONY: release
 release: setup triton ## Export the quick start's models as a Triton model repository (runs/release)
 	$(BIN)/trackrec run --config pipelines/configs/quickstart.yaml
-	run=$$(ls -td runs/quickstart-*/ | head -1) && \
+	run=$$(ls -td runs/quickstart-[0-9]*/ | head -1) && \
 	  $(BIN)/trackrec run --pipeline release --config pipelines/configs/quickstart.yaml --from "$$run"
 
 .PHONY: serve
@@ -94,12 +94,16 @@ compile: $(VENV)/.ready ## Write every component's spec and page, and every conf
 	  $$(grep -q deepspeed $$config && echo --profile gke-a100) || exit 1; done
 
 .PHONY: bench
-bench: setup ## Run the benchmarks of the README's table (ML_1M=path to ml-1m.zip adds those on MovieLens-1M)
+bench: setup triton ## Run the benchmarks of the README's table (ML_1M=path to ml-1m.zip adds those on MovieLens-1M)
 	$(BIN)/python benchmarks/sdpo.py
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python -m benchmarks.ctr
 	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/features.py overhead
+	$(BIN)/python benchmarks/features.py memory
+	$(BIN)/python benchmarks/features.py engine
+	$(BIN)/python -m benchmarks.serving
 	if [ -n "$(ML_1M)" ]; then \
 	  $(BIN)/python benchmarks/ingest.py ml-1m $(ML_1M) && $(BIN)/python benchmarks/table2.py --data $(ML_1M); fi
 
