@@ -29,7 +29,7 @@ quickstart: setup ## Run the whole of TrackRec on this machine, in minutes
 
 .PHONY: triton
 triton: ## Make .venv-triton: the Triton server, and what its models run in on a CPU
-	bash images/triton/venv.sh
+	bash requirements/venv.sh triton
 
 # The quick start's newest run that is whole; a run whose stages are all cached takes a minute.
 .PHONY: release
@@ -56,7 +56,7 @@ test-gpu: setup ## Run the tests that need a CUDA device (the environment must h
 
 .PHONY: test-vllm
 test-vllm: ## Run the vLLM engine's tests in an environment of its own
-	bash tests/vllm_env.sh
+	bash requirements/venv.sh vllm
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/llm/test_vllm_engine.py
 
 .PHONY: images

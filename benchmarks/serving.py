@@ -309,14 +309,17 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=100, help="in a request")
     parser.add_argument("--history", type=int, default=20, help="earlier items of a user")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        models = Path(folder) / "repository"
+    with tempfile.TemporaryDirectory() as scratch:
+        models, tables, cache = (Path(scratch) / name for name in ("repository", "features", "cache"))
         write_models(models, args)
-        write_features(Path(folder) / "features", args)
-        variables = {FEATURES_ENV: f"{folder}/features", CACHE_ENV: f"{folder}/cache", "OMP_NUM_THREADS": "1"}
+        write_features(tables, args)
+        variables = {FEATURES_ENV: str(tables), CACHE_ENV: str(cache), "OMP_NUM_THREADS": "1"}
         started = time.perf_counter()
-        with server.running(models, Path(folder) / "server.log", models=MODELS, environment=variables) as running:
+        with server.running(models, Path(scratch) / "server.log", models=MODELS, environment=variables) as running:
             print(f"ready after {time.perf_counter() - started:.0f} s with {args.users} users' features", flush=True)
+            for folder in sorted(cache.iterdir()):
+                held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                print(f"arrays of one ranker: {held / args.users:.0f} bytes a user", flush=True)
             found = measured(args, running.grpc)
     print(
         f"\n{args.backbone}, {args.candidates} candidates, {args.history} earlier items, {args.users} users, "

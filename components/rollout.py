@@ -10,12 +10,11 @@ failed rollout goes back to, also one whose stage was killed.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from kubernetes.client import ApiException, AppsV1Api, CoreV1Api
-from urllib3.exceptions import HTTPError
 
-from components.incluster import TIMEOUT, Cluster, in_cluster, line, sigterm_as_exit
+from components.incluster import TIMEOUT, Cluster, Patience, UnreachableError, in_cluster, refusal, sigterm_as_exit
 from components.podstates import HopelessError, PodStates, is_ready
 from trackrec.serving.smoke import SmokeError
 from trackrec.serving_config import DeploySettings
@@ -28,18 +27,14 @@ PREVIOUS, PREVIOUS_URI = "trackrec/previous-version", "trackrec/previous-version
 REFUSED = "trackrec/refused"
 
 _POLL_SECONDS = 3.0
-# A control plane that is being upgraded may be away for minutes; the rollout goes on meanwhile.
-_PATIENCE_SECONDS = 900.0
 # One lost connection condemns no version.
 _SMOKE_TRIES = 3
+
+T = TypeVar("T")
 
 
 class RolloutError(RuntimeError):
     """The version is not rolled out; the message says why, and what serves now."""
-
-
-class UnreachableError(RuntimeError):
-    """The Kubernetes API did not answer for long; the rollout is left alone, and the stage's next try takes it up."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ class _Roll:
         self.smoke = smoke
         self.timeout_s = timeout_s
         self.refused = f"{version.name} {run}" if run else ""
-        self.heard = time.monotonic()
+        self.patience = Patience()
 
     def rolled(self) -> Rollout:
         with sigterm_as_exit():
@@ -315,38 +310,21 @@ class _Roll:
             lambda: self.apps.read_namespaced_deployment(self.name, self.namespace, _request_timeout=TIMEOUT), "read"
         )
 
-    def _try(self, call: Callable[[], Any], verb: str) -> Any:
-        """What `call` answers, also after passing faults of the API; all calls may be made twice.
-
+    def _try(self, call: Callable[[], T], verb: str) -> T:
+        """
         Raises:
             RolloutError: it is refused.
             UnreachableError: the API has not answered for long.
         """
-        while True:
-            try:
-                answer = call()
-                self.heard = time.monotonic()
-                return answer
-            except (ApiException, HTTPError) as error:
-                if isinstance(error, ApiException) and (error.status or 500) < 500 and error.status not in (409, 429):
-                    raise self._explained(error, verb) from None
-                if time.monotonic() - self.heard > _PATIENCE_SECONDS:
-                    raise UnreachableError(f"the Kubernetes API has not answered for long: {line(error)}") from None
-            time.sleep(_POLL_SECONDS)
-
-    def _explained(self, error: ApiException, verb: str) -> RolloutError:
-        what = f"Deployment {self.name} in namespace {self.namespace}"
-        if error.status == 404:
-            return RolloutError(
+        try:
+            return self.patience.call(call, passing=(409, 429))
+        except ApiException as error:
+            what = f"Deployment {self.name} in namespace {self.namespace}"
+            absent = (
                 f"there is no {what}; apply an overlay that takes manifests/components/triton, or set "
                 "`deploy.deployment` and `deploy.namespace`"
             )
-        if error.status in (401, 403):
-            return RolloutError(
-                f"may not {verb} {what}: {line(error)}; run as the service account `trackrec`, bound to the Role "
-                "`trackrec-deploy`"
-            )
-        return RolloutError(f"cannot {verb} {what}: {line(error)}")
+            raise RolloutError(refusal(error, verb, what, absent=absent, role="trackrec-deploy")) from None
 
 
 def _version_of(annotations: dict[str, str] | None, name: str = VERSION, uri: str = URI) -> Version | None:

@@ -13,7 +13,7 @@ from kubernetes import watch
 from kubernetes.client import ApiException, CoreV1Api, CustomObjectsApi
 from urllib3.exceptions import HTTPError
 
-from components.incluster import TIMEOUT, Cluster, line, owners, sigterm_as_exit
+from components.incluster import TIMEOUT, Cluster, Patience, UnreachableError, line, owners, refusal, sigterm_as_exit
 from components.nodes import Nodes
 from components.podlogs import PodLogs
 
@@ -24,19 +24,12 @@ NODE = "node"
 
 # A watch's length: between two, the nodes' logs are read.
 _WATCH_SECONDS = 5
-# A control plane that is being upgraded may be away for minutes; the training goes on meanwhile.
-_PATIENCE_SECONDS = 900.0
-_PAUSE_SECONDS = 5.0
 # A deleted job's pods get half a minute to stop.
 _GONE_SECONDS = 120.0
 
 
 class TrainJobError(RuntimeError):
     """The TrainJob could not be made, failed, or was deleted by someone else."""
-
-
-class UnreachableError(RuntimeError):
-    """The Kubernetes API did not answer for long; the TrainJob is left alone, and the stage's next try takes it up."""
 
 
 def manifest(name: str, command: list[str], nodes: Nodes, task: dsl.TaskConfig) -> dict[str, Any]:
@@ -109,7 +102,7 @@ class _Run:
         self.at = {"group": GROUP, "version": VERSION, "namespace": cluster.namespace, "plural": PLURAL}
         self.custom = CustomObjectsApi(cluster.api)
         self.logs = PodLogs(CoreV1Api(cluster.api), cluster.namespace, self.name, NODE)
-        self.heard = time.monotonic()
+        self.patience = Patience()
 
     def run(self) -> None:
         with sigterm_as_exit():
@@ -146,29 +139,21 @@ class _Run:
         raise TrainJobError(f"TrainJob {self.name} cannot be made: an older one of that name does not go away")
 
     def _create(self) -> None:
-        while True:
-            try:
-                self.custom.create_namespaced_custom_object(**self.at, body=self.job, _request_timeout=TIMEOUT)
-                return
-            except (ApiException, HTTPError) as error:
-                self._bear(error)
+        self.patience.call(
+            lambda: self.custom.create_namespaced_custom_object(**self.at, body=self.job, _request_timeout=TIMEOUT)
+        )
 
     def _get(self) -> dict[str, Any] | None:
         """The job as it is; None where there is none."""
-        while True:
-            try:
-                found: dict[str, Any] = self.custom.get_namespaced_custom_object(
-                    **self.at, name=self.name, _request_timeout=TIMEOUT
-                )
-                self.heard = time.monotonic()
-                return found
-            except (ApiException, HTTPError) as error:
-                if isinstance(error, ApiException) and error.status == 404:
-                    return None
-                try:
-                    self._bear(error)
-                except ApiException as refused:
-                    raise self._explained(refused, "read") from None
+        try:
+            found: dict[str, Any] = self.patience.call(
+                lambda: self.custom.get_namespaced_custom_object(**self.at, name=self.name, _request_timeout=TIMEOUT)
+            )
+            return found
+        except ApiException as error:
+            if error.status == 404:
+                return None
+            raise self._explained(error, "read") from None
 
     def _until_end(self) -> str | None:
         """Waits; returns None where the job completed, and why it failed where it did."""
@@ -197,7 +182,7 @@ class _Run:
                 # 410: the watch began too far back; the next turn reads the job anew.
                 if not (isinstance(error, ApiException) and error.status == 410):
                     try:
-                        self._bear(error)
+                        self.patience.bear(error)
                     except ApiException as refused:
                         raise self._explained(refused, "watch") from None
 
@@ -215,31 +200,14 @@ class _Run:
             if not (isinstance(error, ApiException) and error.status == 404):
                 print(f"TrainJob {self.name} is not deleted: {line(error)}; `kubectl delete` it", flush=True)
 
-    def _bear(self, error: ApiException | HTTPError) -> None:
-        """Waits a little after a passing fault; raises what will not pass.
-
-        Raises:
-            UnreachableError: it has not passed for long.
-        """
-        if isinstance(error, ApiException) and (error.status or 500) < 500 and error.status != 429:
-            raise error
-        if time.monotonic() - self.heard > _PATIENCE_SECONDS:
-            raise UnreachableError(f"the Kubernetes API has not answered for long: {line(error)}") from None
-        time.sleep(_PAUSE_SECONDS)
-
     def _explained(self, error: ApiException, verb: str) -> TrainJobError:
         where = f"in namespace {self.at['namespace']}"
-        if error.status == 404:
-            return TrainJobError(
-                f"cannot {verb} a TrainJob {where}: the cluster knows no {PLURAL}.{GROUP}; install Kubeflow Trainer "
-                "2.2 or newer"
-            )
-        if error.status in (401, 403):
-            return TrainJobError(
-                f"may not {verb} a TrainJob {where}: {line(error)}; run as the service account `trackrec`, bound to "
-                "the Role `trackrec-trainjob`"
-            )
-        return TrainJobError(f"cannot {verb} TrainJob {self.name} {where}: {line(error)}")
+        absent = (
+            f"cannot {verb} a TrainJob {where}: the cluster knows no {PLURAL}.{GROUP}; install Kubeflow Trainer 2.2 or "
+            "newer"
+        )
+        what = f"TrainJob {self.name} {where}"
+        return TrainJobError(refusal(error, verb, what, absent=absent, role="trackrec-trainjob"))
 
 
 def _end(job: dict[str, Any]) -> str | None:

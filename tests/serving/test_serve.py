@@ -190,4 +190,4 @@ def test_the_servers_environment_may_lie_in_any_folder(tmp_path: Path, monkeypat
 
 def test_without_a_server_it_says_what_to_run(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKREC_TRITON", str(tmp_path / "none"))
-    assert "make one with `bash images/triton/venv.sh`" in failed("--repository", str(published))
+    assert "make one with `bash requirements/venv.sh triton`" in failed("--repository", str(published))

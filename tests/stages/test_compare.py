@@ -10,10 +10,11 @@ from pydantic import BaseModel
 from tests.evaluation.test_tables import GAIN, LOSS, ROWS, against, ranked, report
 from tests.tables import publish
 from trackrec import storage
+from trackrec.data import schema
 from trackrec.evaluation import plots
 from trackrec.evaluation import report as reports
 from trackrec.evaluation.report import Report
-from trackrec.stages import compare
+from trackrec.stages import compare, gather
 
 HOSTILE = "<script>alert('title')</script>"
 
@@ -220,6 +221,30 @@ def test_efficiency(tmp_path: Path) -> None:
     verdict = "RecCoTs are shorter: 40.0 tokens against 70.0 of the untuned model"
     assert text.count(verdict) == 1 and "one takes 0.750 s against 1.500 s (0.50 times)" in text
     assert storage.read_manifest(results).inputs.keys() == {"report", "contexts", "after", "untuned"}
+
+
+class _Limit(BaseModel):
+    max_tokens: int
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [(80, ["1.5", "0.75"]), (40, ["", ""])])
+def test_seconds_of_gathered_texts_compare_under_the_parts_settings(
+    limit: int, seconds: list[str], tmp_path: Path
+) -> None:
+    """Two pods wrote a side's texts; what their settings were, the joined table's manifest says."""
+    sides = {}
+    for side, pace, max_tokens in (("untuned", 1.5, 80), ("after", 0.75, limit)):
+        parts = [tmp_path / f"{side} {number}" for number in range(2)]
+        for number, part in enumerate(parts):
+            row = {"context_id": "ab"[number], "sample": 0, "text": "text", "num_tokens": 30, "finish_reason": "stop"}
+            with storage.publish("generate", _Limit(max_tokens=max_tokens), inputs={}, outputs={"out": part}) as job:
+                schema.write(job.outputs["out"], "recots", [row])
+                job.facts |= {"shard": number, "shards": 2, "decoded": 1, "seconds_per_recot": pace}
+        sides[side] = tmp_path / side
+        gather.run(table="recots", parts=parts, joined=sides[side])
+    results = made(tmp_path, report(rows=ROWS), **sides)
+    assert [row["seconds"] for row in rows(results, "efficiency")] == seconds
+    assert ("under different settings" in page(results)) == (limit != 80)
 
 
 def test_without_an_untuned_generator_there_is_no_efficiency(results: Path) -> None:

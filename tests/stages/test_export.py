@@ -162,7 +162,7 @@ def test_without_a_server_nothing_is_written(
 ) -> None:
     monkeypatch.setenv(server.ENV, str(tmp_path / "none"))
     monkeypatch.setattr(repository, "write_generator", lambda *_, **__: pytest.fail("it was written"))
-    with pytest.raises(server.ServerError, match=r"make one with `bash images/triton/venv\.sh`"):
+    with pytest.raises(server.ServerError, match=r"make one with `bash requirements/venv\.sh triton`"):
         exported(tmp_path / "repository", given)
 
 

@@ -138,7 +138,9 @@ def of_environment(scorer: Scorer, contract: RankerContract, log: Callable[[str]
     if not root:
         log(f"{FEATURES_ENV} names no feature table: no user has a history or a RecCoT")
         return None
-    cache = Path(os.environ.get(CACHE_ENV) or Path(tempfile.gettempdir()) / "trackrec-features")
+    # Each of a machine's users has a folder of their own.
+    own = f"trackrec-features-{os.getuid()}"
+    cache = Path(os.environ.get(CACHE_ENV) or Path(tempfile.gettempdir()) / own)
     cache.mkdir(parents=True, exist_ok=True)
     store = FeatureStore(root, scorer, contract, cache=cache, log=log)
     store.look()
@@ -146,5 +148,16 @@ def of_environment(scorer: Scorer, contract: RankerContract, log: Callable[[str]
 
 
 def seconds() -> float:
-    """How often a new date is looked for."""
-    return float(os.environ.get(SECONDS_ENV) or _SECONDS)
+    """How often a new date is looked for.
+
+    Raises:
+        ValueError: the environment says something else than a positive number.
+    """
+    given = os.environ.get(SECONDS_ENV) or str(_SECONDS)
+    try:
+        found = float(given)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise ValueError(f"{SECONDS_ENV} is the seconds between two looks for a new date, above 0 (got {given!r})")
+    return found

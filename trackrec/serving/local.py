@@ -1,5 +1,6 @@
 """`trackrec serve`: a version on this machine, in the foreground."""
 
+import os
 import signal
 import tempfile
 import threading
@@ -42,7 +43,8 @@ def serve(
     if features is not None and not storage.is_remote(features):
         # The server's working folder is the repository.
         features = str(Path(features).resolve())
-    log = Path(tempfile.gettempdir()) / f"trackrec-serve-{ports[0]}.log"
+    # Each of a machine's users has a file of their own.
+    log = Path(tempfile.gettempdir()) / f"trackrec-serve-{os.getuid()}-{ports[0]}.log"
     ended = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:

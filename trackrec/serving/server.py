@@ -1,7 +1,7 @@
 """Triton Inference Server on this machine, as a child process.
 
 The server is NVIDIA's own: in the production image its installation; elsewhere the one inside the `nvidia-pytriton`
-wheel, in an environment of its own (`images/triton/venv.sh`), which brings no vLLM. There `backends/vllm`, a
+wheel, in an environment of its own (`requirements/venv.sh`), which brings no vLLM. There `backends/vllm`, a
 backend of the same name and contract over transformers, serves the same repository.
 """
 
@@ -210,7 +210,7 @@ def _environment() -> Path:
     if not python.is_file():
         raise ServerError(
             f"no Triton server: {INSTALLED} is not there, nor is an environment in {venv}; make one with "
-            f"`bash images/triton/venv.sh`, or name one by {ENV}"
+            f"`bash requirements/venv.sh triton`, or name one by {ENV}"
         )
     return python
 

@@ -144,9 +144,8 @@ def _efficiency(untuned: Path, aligned: Path) -> Efficiency | None:
     for path in (untuned, aligned):
         manifest = storage.read_manifest(path)
         facts = manifest.facts
-        timings.append(
-            efficiency.Timing(int(facts.get("decoded", 0)), facts.get("seconds_per_recot", 0.0), manifest.settings)
-        )
+        settings = manifest.settings["parts"] if manifest.stage == "gather" else manifest.settings
+        timings.append(efficiency.Timing(int(facts.get("decoded", 0)), facts.get("seconds_per_recot", 0.0), settings))
     return efficiency.measured((sides[0], sides[1]), (timings[0], timings[1]))
 
 

@@ -20,6 +20,8 @@ class _Gathered(BaseModel):
     """What the stage's manifest names as its settings."""
 
     table: Literal["recots", "rewards", "vectors", "feature_shards"]
+    # Those that the parts were written under.
+    parts: dict[str, Any]
 
 
 def run(*, table: str, parts: Sequence[Path], joined: Path) -> None:
@@ -33,10 +35,10 @@ def run(*, table: str, parts: Sequence[Path], joined: Path) -> None:
     Raises:
         ValueError: the parts are not all shards of one stage's work.
     """
-    settings = _Gathered.model_validate({"table": table})
+    ordered = _in_order([(path, storage.read_manifest(path)) for path in parts])
+    settings = _Gathered.model_validate({"table": table, "parts": ordered[0][1].settings})
     inputs = {f"part {number}": path for number, path in enumerate(parts)}
     with storage.publish("gather", settings, inputs=inputs, outputs={"joined": joined}) as job:
-        ordered = _in_order([(path, storage.read_manifest(path)) for path in parts])
         schema.join([path for path, _ in ordered], job.outputs["joined"], table)
         job.facts |= _added([manifest.facts for _, manifest in ordered])
 
