@@ -125,7 +125,13 @@ def engine(args: argparse.Namespace, scratch: Path) -> None:
     models.mkdir()
     settings, decoding = ExportSettings(dtype="float32"), DecodingSettings(max_tokens=args.tokens)
     contract = repository.write_generator(
-        models / "generator", settings, decoding, "movies", base_model=smollm2, generator=smollm2
+        models / "generator",
+        settings,
+        decoding,
+        domain="movies",
+        history_length=args.items,
+        base_model=smollm2,
+        generator=smollm2,
     )
     repository.write_encoder(models / "encoder", EncodeSettings(), encoder=fetch("all-minilm-l6-v2"))
     table = write_users(scratch / "users.parquet", args.users, args.items)

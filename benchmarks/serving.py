@@ -38,6 +38,7 @@ from trackrec.serving import repository, server
 from trackrec.serving.contract import EncoderContract
 from trackrec.serving.feature_store import CACHE_ENV
 from trackrec.serving.local import FEATURES_ENV
+from trackrec.serving_config import ExportSettings
 
 MODELS = ("ranker_base", "ranker_trackrec")
 DATE = "2026-11-28"
@@ -99,7 +100,12 @@ def write_models(out: Path, args: argparse.Namespace) -> None:
         trained.mkdir()
         ranker.save(trained, config, [ranker.build(args.backbone, vocabulary, SIZE, HIDDEN, 0).state_dict()])
         repository.write_ranker(
-            out / name, ranker=trained, items=catalogue, seed=0, encoder=encoder() if width else None
+            out / name,
+            ExportSettings(),
+            ranker=trained,
+            items=catalogue,
+            generator=None,
+            encoder=encoder() if width else None,
         )
 
 

@@ -53,7 +53,7 @@ LOCKS_OF = {
 }
 
 # The served models' own code, which the server imports by its name.
-SERVED = {f"trackrec.serving.{name}" for name in ("encoder_model", "generator_model", "ranker_model")}
+SERVED = {f"trackrec.serving.{name}_model" for name in ("encoder", "experiment", "generator", "ranker")}
 
 
 def released(stage: str) -> str:

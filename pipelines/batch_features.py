@@ -48,7 +48,8 @@ def build(config: RunConfig) -> GraphComponent:
             seed=config.seed,
             as_of=dt,
             domain=config.contexts.domain,
-            history_length=config.contexts.history_length,
+            # As many as the ranking models read, too; a prompt takes the newest of them.
+            history_length=max(config.contexts.history_length, config.train_ctr.history_length),
             interactions=log["interactions"],
             items=log["items"],
         )

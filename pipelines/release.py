@@ -17,7 +17,10 @@ from trackrec.config_file import ConfigError
 from trackrec.run_config import RunConfig
 
 # What serving does as the run did; everything else of a run's settings lies in its models.
-_SHARED = ("contexts.domain", "generate.max_tokens", "generate.repetition_penalty", "encode.pooling")
+_SHARED = (
+    *("contexts.domain", "contexts.history_length"),
+    *("generate.max_tokens", "generate.repetition_penalty", "encode.pooling"),
+)
 
 
 def build(config: RunConfig, *, deployed: bool = True) -> GraphComponent:
@@ -86,6 +89,7 @@ def _released(
         generate=values(config.generate),
         encode=values(config.encode),
         domain=config.contexts.domain,
+        history_length=config.contexts.history_length,
         run=run,
         run_config=run_config,
         **given,

@@ -38,6 +38,8 @@ class ExportSettings(Settings):
     seed: Count | None = None
     # Left out, there is no model `ranker`.
     experiment: ExperimentSettings | None = None
+    # Processes of each ranking model, each a core's.
+    ranker_instances: Positive = 1
     # vLLM's engine arguments.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_model_len: Annotated[int, Field(ge=64)] | None = None

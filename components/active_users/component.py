@@ -28,7 +28,7 @@ def active_users(
         seed: The run's seed, which `max_users` draws with.
         as_of: The job's moment, ISO 8601; empty for the midnight after the last interaction.
         domain: `contexts.domain` of the run that the generator comes from.
-        history_length: `contexts.history_length` of that run.
+        history_length: Items of each user: as many as that run's prompts hold and its ranking models read.
         interactions: Table `interactions`.
         items: Table `items`.
         users: Table `users`.

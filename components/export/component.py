@@ -12,6 +12,7 @@ def export(
     generate: dict,
     encode: dict,
     domain: str,
+    history_length: int,
     run: str,
     run_config: str,
     base_model: Input[Model],
@@ -30,6 +31,7 @@ def export(
         generate: `trackrec.config.DecodingSettings`: how the run's RecCoTs were written.
         encode: `trackrec.config.EncodeSettings`: how they were encoded.
         domain: Which of Figure 4's templates asks for a RecCoT.
+        history_length: How many of a user's items it shows at most.
         run: The run that the models are of.
         run_config: Its settings, as YAML.
         base_model: The base of the generator's adapter.
@@ -51,6 +53,7 @@ def export(
         generate=config.DecodingSettings.model_validate(generate),
         encode=config.EncodeSettings.model_validate(encode),
         domain=domain,
+        history_length=history_length,
         run=run,
         run_config=run_config,
         base_model=Path(base_model.path),

@@ -128,11 +128,14 @@ def test_the_salt_gives_the_buckets_that_serving_gave(tmp_path: Path) -> None:
         for name, values in (columns | {"bucket": served}).items()
     }
     by_log = read(write(tmp_path / "logged.parquet", logged))
+    # As the model `ranker` says it: "" of a user outside the experiment.
+    everybody = write(tmp_path / "arms.parquet", columns | {"bucket": [bucket or "" for bucket in served]})
     del columns["bucket"]
     by_salt = read(write(tmp_path / "log.parquet", columns), experiment=SALTED)
     assert by_salt.in_no_bucket == len({u for u, keep in zip(columns["user_id"], inside, strict=True) if not keep}) > 0
     assert by_salt.model_copy(update={"in_no_bucket": 0, "rows": by_log.rows}) == by_log
     assert read(tmp_path / "logged.parquet", experiment=SALTED) == by_log
+    assert read(everybody, experiment=SALTED) == by_salt
     with pytest.raises(logs.LogError, match="another bucket than salt 'exp-2'"):
         read(tmp_path / "logged.parquet", experiment=SALTED.model_copy(update={"salt": "exp-2"}))
 
@@ -264,7 +267,7 @@ def test_names_are_no_sql(tmp_path: Path) -> None:
     columns = impressions(np.random.default_rng(11), 100)
     columns["bucket"] = [hostile if b == "control" else b for b in columns["bucket"]]
     columns[hostile] = columns.pop("before")
-    log = write(tmp_path / "it's.parquet", columns)
+    log = write(tmp_path / "it's [one]?*.parquet", columns)
     analysis = Analysis(hostile, "treatment", (1, 1), covariates=(hostile,), resamples=0, halvings=0)
     found = read(log, analysis)
     assert found.users[hostile] == 50 and row(found, "cvr").lift is not None

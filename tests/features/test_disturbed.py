@@ -145,7 +145,8 @@ def test_the_process_of_the_backend_vllm_is_killed(
         models / "generator",
         ExportSettings(dtype="float32"),
         decoding,
-        "movies",
+        domain="movies",
+        history_length=100,
         base_model=tiny_model,
         generator=tiny_model,
     )

@@ -33,7 +33,8 @@ def test_the_table_holds_what_the_models_write_in_process(
         models / "generator",
         ExportSettings(dtype="float32", max_model_len=320),
         DecodingSettings(max_tokens=NEW_TOKENS),
-        "movies",
+        domain="movies",
+        history_length=100,
         base_model=smollm2,
         generator=smollm2,
     )

@@ -28,7 +28,8 @@ GATHER = "gather (features)"
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     folder = tmp_path_factory.mktemp("ir")
     wanted = ("resources.features.shards=4", "resources.features.cache=true", "resources.commit_features.cache=true")
-    return compiled("ml-1m-qwen2.5-7b", folder, *wanted, pipeline="batch_features")
+    longer = "train_ctr.history_length=15"
+    return compiled("ml-1m-qwen2.5-7b", folder, *wanted, longer, pipeline="batch_features")
 
 
 def of_pipeline(name: str) -> dict[str, str]:
@@ -54,10 +55,12 @@ def test_the_log_the_server_the_place_and_the_day_are_parameters(sharded: Compil
     assert "out" not in sharded.parameter("commit_features", "settings")
 
 
-def test_the_prompts_are_the_contexts_ones(sharded: Compiled) -> None:
+def test_histories_are_of_the_contexts_kind_and_as_long_as_any_model_reads(sharded: Compiled) -> None:
     config = config_file.load(Path("pipelines/configs/ml-1m-qwen2.5-7b.yaml"), profile="gke-a100")
     assert sharded.parameter("active_users", "domain") == config.contexts.domain
-    assert sharded.parameter("active_users", "history_length") == config.contexts.history_length
+    # More than the ten of a prompt, which takes the newest.
+    assert config.contexts.history_length == 10
+    assert sharded.parameter("active_users", "history_length") == 15
 
 
 def test_pods_share_the_users_and_the_commit_waits_for_all(sharded: Compiled) -> None:

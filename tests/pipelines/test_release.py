@@ -31,6 +31,7 @@ def test_export_then_deploy(whole: Compiled) -> None:
     assert whole.source("deploy", "repository") == "export/repository"
     assert whole.executor("export")["container"]["image"].startswith("trackrec/triton:export-")
     assert whole.parameter("export", "domain") == "movies"
+    assert whole.parameter("export", "history_length") == 8
     assert whole.parameter("export", "generate")["max_tokens"] == 80
     needed = whole.pipeline["root"]["inputDefinitions"]["parameters"]
     assert {name for name, one in needed.items() if "defaultValue" not in one} == {

@@ -18,8 +18,13 @@ from trackrec.ctr.features import Dataset, dataset
 from trackrec.data import schema
 from trackrec.features import table as features
 from trackrec.serving import repository
-from trackrec.serving.contract import EncoderContract, RankerContract
+from trackrec.serving.contract import EncoderContract, GeneratorContract, RankerContract
+from trackrec.serving_config import ExportSettings
 
+GENERATOR = GeneratorContract(
+    model_version="g", domain="movies", history_length=9, opening="", closing="", special_tokens=(), max_tokens=8,
+    repetition_penalty=1.0, max_prompt_tokens=99,
+)  # fmt: skip
 ENCODER = EncoderContract(model_version="encoder-1", width=6, pooling="mean", limit=64)
 LENGTH = 5
 SEED = 3
@@ -69,13 +74,19 @@ ASKED_ITEMS = ["i0", "i7", "new", "not in the catalogue", "i0", "i19"]
 
 
 def write_features(
-    root: Path, dt: str, users: Sequence[User], *, shard_users: int = 4, encoder: EncoderContract = ENCODER
+    root: Path,
+    dt: str,
+    users: Sequence[User],
+    *,
+    shard_users: int = 4,
+    encoder: EncoderContract = ENCODER,
+    generator: str = GENERATOR.model_version,
 ) -> Path:
     """Writes a date as the batch job does, and commits it; returns its folder."""
     users = sorted(users, key=lambda user: user.user_id.encode())
     date = root / features.date_folder(dt)
     identity = features.Identity(
-        dt=dt, users="u", num_users=len(users), shard_users=shard_users, generator_version="g",
+        dt=dt, users="u", num_users=len(users), shard_users=shard_users, generator_version=generator,
         encoder_version=encoder.model_version, width=encoder.width, embedding_dtype="float16", generation="x",
     )  # fmt: skip
     shards = []
@@ -88,7 +99,7 @@ def write_features(
                 "status": "ok" if user.vector else "failed",
                 "recot": "It is so." if user.vector else None,
                 "embedding": None if user.vector is None else [np.float16(x) for x in user.vector],
-                "generator_version": "g",
+                "generator_version": generator,
                 "encoder_version": encoder.model_version,
                 "copied": False,
                 "history": user.history,
@@ -154,7 +165,9 @@ def write_ranker(folder: Path, backbone: Backbone, *, reads: bool, name: str | N
     items.mkdir(exist_ok=True)
     ranker.save(trained, config, [weights])
     schema.write(items, "items", ITEMS)
-    return repository.write_ranker(out, ranker=trained, items=items, seed=SEED, encoder=ENCODER if reads else None)
+    generator, encoder = (GENERATOR, ENCODER) if reads else (None, None)
+    settings = ExportSettings(seed=SEED)
+    return repository.write_ranker(out, settings, ranker=trained, items=items, generator=generator, encoder=encoder)
 
 
 def reference(model: Path, users: Sequence[User], asked: Sequence[str], items: Sequence[str]) -> np.ndarray:

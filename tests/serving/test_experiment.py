@@ -17,7 +17,7 @@ from trackrec.serving import repository, server, smoke
 from trackrec.serving.contract import ExperimentContract
 from trackrec.serving.feature_store import CACHE_ENV
 from trackrec.serving.local import FEATURES_ENV
-from trackrec.serving_config import ExperimentSettings
+from trackrec.serving_config import ExperimentSettings, ExportSettings
 
 SETTINGS = ExperimentSettings(salt="exp-1", control=0.25, treatment=0.5)
 STRANGERS = [f"user-{k}" for k in range(60)]
@@ -29,7 +29,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ser
     folder = tmp_path_factory.mktemp("experiment")
     models = folder / "repository"
     control, treatment = (write_ranker(models, "deepfm", reads=reads) for reads in (False, True))
-    repository.write_experiment(models / "ranker", SETTINGS.experiment, control=control, treatment=treatment)
+    repository.write_experiment(
+        models / "ranker", ExportSettings(experiment=SETTINGS), control=control, treatment=treatment
+    )
     write_features(folder / "features", "2026-11-01", USERS)
     variables = {FEATURES_ENV: str(folder / "features"), CACHE_ENV: str(folder / "cache")}
     with server.running(models, folder / "log", models=["ranker"], environment=variables) as running:
@@ -84,7 +86,7 @@ def test_bytes_that_are_no_text_are_answered(served: tuple[Path, server.Server])
 
 def test_what_was_served_is_what_is_read_out(served: tuple[Path, server.Server], tmp_path: Path) -> None:
     """The read-out computes buckets from the salt, and refuses a log whose users were in others."""
-    arms = [ask(served[1], [user.encode()], ASKED_ITEMS[:1])[1][0] or None for user in STRANGERS]
+    arms = [ask(served[1], [user.encode()], ASKED_ITEMS[:1])[1][0] for user in STRANGERS]
     rows = {"user_id": STRANGERS, "bucket": arms, "conversions": [k % 3 for k in range(len(arms))]}
     rows["revenue"] = [1.0 + k % 5 for k in range(len(arms))]
     shares = ["--share", f"control={SETTINGS.control}", "--share", f"treatment={SETTINGS.treatment}"]
@@ -95,6 +97,7 @@ def test_what_was_served_is_what_is_read_out(served: tuple[Path, server.Server],
         found = CliRunner().invoke(app, [*options, "--bootstrap=0", "--halvings=0"])
         return found.exit_code, found.output
 
+    assert "" in arms
     code, output = read_out()
     assert code == 0 and f"treatment {arms.count('treatment')}" in output, output
     rows["bucket"] = ["control" if arm == "treatment" and k > 30 else arm for k, arm in enumerate(arms)]
@@ -126,7 +129,7 @@ def test_another_salt_or_share_is_another_version(served: tuple[Path, server.Ser
     versions = {
         repository.write_experiment(
             tmp_path / str(k),
-            SETTINGS.model_copy(update=change).experiment,
+            ExportSettings(experiment=SETTINGS.model_copy(update=change)),
             control=first.control,
             treatment=first.treatment,
         ).model_version

@@ -21,7 +21,8 @@ from trackrec.features import table as features
 from trackrec.features.partition import Place
 from trackrec.serving import feature_store, feature_table
 from trackrec.serving.contract import RankerContract
-from trackrec.serving.feature_store import SECONDS_ENV, FeatureStore
+from trackrec.serving.feature_store import CACHE_ENV, SECONDS_ENV, FeatureStore
+from trackrec.serving.local import FEATURES_ENV
 from trackrec.serving.scorer import Scorer
 
 FIRST, SECOND = "2026-11-01", "2026-11-02"
@@ -348,3 +349,31 @@ def test_a_wait_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyPa
         feature_store.seconds()
     monkeypatch.setenv(SECONDS_ENV, "0.5")
     assert feature_store.seconds() == 0.5
+
+
+def test_recots_of_another_generator_are_told(
+    ranker: tuple[Scorer, RankerContract], store: FeatureStore, tmp_path: Path, lines: list[str]
+) -> None:
+    write_features(tmp_path / "features", FIRST, USERS)
+    store.look()
+    assert not [line for line in lines if "generator" in line]
+    write_features(tmp_path / "features", SECOND, USERS, generator="g-2")
+    for _ in range(2):
+        store.look()
+    [line] = [line for line in lines if "generator" in line]
+    assert "are of generator g-2, and this ranker was trained on those of g;" in line
+    assert store.table is not None and store.table.dt == SECOND
+
+
+def test_a_ranker_does_not_start_where_its_features_cannot_be_read(
+    ranker: tuple[Scorer, RankerContract], tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
+    with gcs.server():
+        monkeypatch.setenv(FEATURES_ENV, "gs://shop/features")
+        with pytest.raises(OSError, match="gs://shop/features cannot be read"):
+            feature_store.of_environment(*ranker, lines.append)
+    # One in which nothing is committed yet can.
+    monkeypatch.setenv(FEATURES_ENV, str(tmp_path / "features"))
+    store = feature_store.of_environment(*ranker, lines.append)
+    assert store is not None and store.table is None

@@ -97,6 +97,7 @@ def write(folder: Path, version: str, broken: str = "") -> Path:
     generator = GeneratorContract(
         model_version=version,
         domain="movies",
+        history_length=10,
         opening="<u>",
         closing="</u>",
         special_tokens=["<u>", "</u>"],

@@ -80,6 +80,7 @@ def exported(repository: Path, given: dict[str, Path], **settings: object) -> Pa
         generate=GENERATE,
         encode=EncodeSettings(),
         domain="movies",
+        history_length=10,
         run=RUN,
         run_config=CONFIG,
         repository=repository,

@@ -16,6 +16,7 @@ A covariate (CUPED) is one more column: a value of the user from before the test
 null for a user who was not there then.
 """
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,7 +148,9 @@ def _opened(connection: duckdb.DuckDBPyConnection, log: Path) -> dict[str, str]:
     files = sorted(log.rglob("*.parquet")) if log.is_dir() else [log]
     if not files or not files[0].is_file():
         raise LogError(f"{log} is no Parquet file and no folder with some; name the experiment's log")
-    listed = ", ".join("'" + str(path).replace("'", "''") + "'" for path in files)
+    # In a file's name these are no pattern.
+    names = [re.sub(r"[*?[]", r"[\g<0>]", str(path)).replace("'", "''") for path in files]
+    listed = ", ".join(f"'{name}'" for name in names)
     try:
         connection.execute(f"CREATE VIEW log AS SELECT * FROM read_parquet([{listed}])")
     except duckdb.Error as error:
@@ -238,7 +241,8 @@ def _sum_by_user(connection: duckdb.DuckDBPyConnection, reading: Reading, *, has
     connection.execute("DROP TABLE summed; ALTER TABLE placed RENAME TO summed")
     if has_bucket:
         [[count]] = connection.execute(
-            "SELECT count(*) FROM summed WHERE in_two OR logged IS DISTINCT FROM bucket"
+            # Serving says "" of a user outside the experiment.
+            "SELECT count(*) FROM summed WHERE in_two OR nullif(logged, '') IS DISTINCT FROM bucket"
         ).fetchall()
         if count:
             raise LogError(

@@ -63,7 +63,8 @@ def _prompt(
         if shown != contract.domain:
             # G knows one domain's prompt; this user's table was made for another.
             return Prompt(row, status="bad_text")
-        text = wrap(contract, cot_prompt(shown, history))
+        # The table's histories are as long as a ranking model's.
+        text = wrap(contract, cot_prompt(shown, history[-contract.history_length :]))
     except (PromptError, UnicodeError):
         return Prompt(row, status="bad_text")
     return Prompt(row, text, hashlib.sha256(f"{text}\0{sampling}".encode()).hexdigest())

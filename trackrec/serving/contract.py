@@ -65,8 +65,9 @@ class Contract(BaseModel):
 class GeneratorContract(Contract):
     """G: how a prompt becomes `text_input`, and how it decodes."""
 
-    # Which of Figure 4's templates it was aligned on.
+    # Which of Figure 4's templates it was aligned on, and with how many items in it at most: the newest ones.
     domain: Domain
+    history_length: Positive
     # The chat template's text before and after the user's message. Where the tokenizer puts a first token (BOS) before
     # any text by itself, `opening` has none.
     opening: str
@@ -99,8 +100,9 @@ class RankerContract(Contract):
 
     seed: Count
     uses_recot: bool
-    # Whose vectors it was trained on.
+    # Whose vectors it was trained on, and of whose RecCoTs.
     encoder_version: Text | None = None
+    generator_version: Text | None = None
 
 
 class ExperimentContract(Contract):

@@ -25,6 +25,8 @@ _NICE = 10
 class FeatureStore:
     """`table` is the date to read from, None as long as there is none; a request takes it once and keeps it.
 
+    `failed` says what could not be read at the last look.
+
     Args:
         root: the feature table's place.
         cache: shared by all processes that read it.
@@ -39,7 +41,7 @@ class FeatureStore:
         self._cache, self._log = cache, log
         self._served: tuple[str, str] | None = None
         self._refused: set[tuple[str, str]] = set()
-        self._failed = ""
+        self.failed = ""
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -53,9 +55,9 @@ class FeatureStore:
             failed = self._look()
         except OSError as error:
             failed = f"the feature table {self._root} cannot be read: {error}"
-        if failed and failed != self._failed:
+        if failed and failed != self.failed:
             self._log(f"{failed}; {self._instead()}")
-        self._failed = failed
+        self.failed = failed
 
     def follow(self, seconds: float, after: Callable[[], None] = lambda: None) -> None:
         """Looks every `seconds` from now on, in a thread, until `close`; `after` is called there after each look."""
@@ -119,7 +121,7 @@ class FeatureStore:
         manifest = read_manifest(self._root, dt)
         if manifest is None or manifest.identity.dt != dt:
             raise ValueError(f"its manifest is of another date: {manifest and manifest.identity.dt}")
-        return feature_table.open_or_build(
+        table = feature_table.open_or_build(
             date,
             manifest,
             self._scorer,
@@ -127,13 +129,25 @@ class FeatureStore:
             encoder_version=self._contract.encoder_version if self._contract.uses_recot else None,
             cache=self._cache,
         )
+        trained, found = self._contract.generator_version, manifest.identity.generator_version
+        if trained not in (None, found):
+            # Served all the same: between a rollout and the next job, older RecCoTs are better than none.
+            self._log(
+                f"the RecCoTs of {date} are of generator {found}, and this ranker was trained on those of {trained}; "
+                "run the batch job on the release that is served"
+            )
+        return table
 
     def _instead(self) -> str:
         return f"those of {self.table.dt} are served" if self.table else "no user has features"
 
 
 def of_environment(scorer: Scorer, contract: RankerContract, log: Callable[[str], None]) -> FeatureStore | None:
-    """The store that the environment names, after its first look; None where it names none."""
+    """The store that the environment names, after its first look; None where it names none.
+
+    Raises:
+        OSError: the table cannot be read.
+    """
     root = os.environ.get(FEATURES_ENV)
     if not root:
         log(f"{FEATURES_ENV} names no feature table: no user has a history or a RecCoT")
@@ -144,6 +158,9 @@ def of_environment(scorer: Scorer, contract: RankerContract, log: Callable[[str]
     cache.mkdir(parents=True, exist_ok=True)
     store = FeatureStore(root, scorer, contract, cache=cache, log=log)
     store.look()
+    if store.table is None and store.failed:
+        # Or a pod that starts in such a moment would be ready, and rank as if nobody were known.
+        raise OSError(store.failed)
     return store
 
 

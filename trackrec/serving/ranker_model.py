@@ -55,7 +55,7 @@ class Ranking:
     """
 
     def __init__(self, name: str, folder: Path, contract: RankerContract) -> None:
-        torch.set_num_threads(1)  # an instance is a core: more cores, more instances
+        torch.set_num_threads(1)  # an instance is a core: `export.ranker_instances`
         # A thread that builds the next date's arrays hands over this much sooner than Python's 5 ms.
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._scorer = Scorer(folder, contract.seed)

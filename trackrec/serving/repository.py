@@ -19,7 +19,6 @@ from typing import Any, cast
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trackrec.abtest.bucketing import Experiment
 from trackrec.config import DecodingSettings, Domain, EncodeSettings
 from trackrec.config_file import ConfigError
 from trackrec.ctr import ranker as rankers
@@ -48,12 +47,16 @@ def write_generator(
     out: Path,
     settings: ExportSettings,
     decoding: DecodingSettings,
-    domain: Domain,
     *,
+    domain: Domain,
+    history_length: int,
     base_model: Path,
     generator: Path,
 ) -> GeneratorContract:
     """Writes the model `generator` to the new folder `out`.
+
+    Args:
+        domain, history_length: of the prompts that it was aligned on.
 
     Raises:
         ConfigError: `export.max_model_len` is more than the model reads, or leaves no room for a prompt.
@@ -82,9 +85,10 @@ def write_generator(
         weights.write_json(files / "multi_lora.json", {_LORA_NAME: "generator/1/adapter"})
     chat = chat_of(models.load_tokenizer(files / "weights"))
     contract = GeneratorContract(
-        # Not the engine's arguments: another share of the GPU's memory makes no other texts.
-        model_version=_version(files / "weights", files / "adapter"),
+        # Of the engine's arguments only what makes other texts: another share of the GPU's memory does not.
+        model_version=f"{_version(files / 'weights', files / 'adapter')}-{settings.dtype}",
         domain=domain,
+        history_length=history_length,
         opening=chat.opening,
         closing=chat.closing,
         special_tokens=chat.special_tokens,
@@ -115,8 +119,8 @@ def write_encoder(out: Path, settings: EncodeSettings, *, encoder: Path) -> Enco
     weights.copy_model(encoder, out / "1/weights")
     model = TextEncoder(out / "1/weights", pooling=settings.pooling, dtype=settings.dtype)
     contract = EncoderContract(
-        # Other pooling is other vectors.
-        model_version=f"{_version(out / '1/weights')}-{settings.pooling}",
+        # Other pooling or precision is other vectors.
+        model_version=f"{_version(out / '1/weights')}-{settings.pooling}-{settings.dtype}",
         width=model.width,
         pooling=settings.pooling,
         limit=model.limit,
@@ -134,13 +138,18 @@ def write_encoder(out: Path, settings: EncodeSettings, *, encoder: Path) -> Enco
 
 
 def write_ranker(
-    out: Path, *, ranker: Path, items: Path, seed: int | None, encoder: EncoderContract | None
+    out: Path,
+    settings: ExportSettings,
+    *,
+    ranker: Path,
+    items: Path,
+    generator: GeneratorContract | None,
+    encoder: EncoderContract | None,
 ) -> RankerContract:
     """Writes the model `ranker_base` or `ranker_trackrec` (the name is the new folder's) to `out`.
 
     Args:
-        seed: which of the trained models; the first by default.
-        encoder: the one that it reads vectors of; None of a model without RecCoTs.
+        generator, encoder: whose RecCoTs it was trained on, and whose vectors of them; None of a model without.
 
     Raises:
         ValueError: the ranker reads RecCoTs and none are encoded, or the other way round, or not of this width.
@@ -154,7 +163,7 @@ def write_ranker(
             f"{encoder.width if encoder else 0}; give the ranker that was trained "
             f"{'on this encoder' if encoder else 'without RecCoTs (feature none)'}"
         )
-    chosen = config.seeds[0] if seed is None else seed
+    chosen = config.seeds[0] if settings.seed is None else settings.seed
     rankers.load(ranker, chosen)  # refuses a seed that is not there, and weights that do not fit
     served = out / "1/ranker"
     served.mkdir(parents=True)
@@ -167,19 +176,23 @@ def write_ranker(
         seed=chosen,
         uses_recot=width > 0,
         encoder_version=encoder.model_version if encoder else None,
+        generator_version=generator.model_version if generator else None,
     )
-    _write_config(out, _ranking_model(out, "ranker_model"), contract)
+    _write_config(out, _ranking_model(out, "ranker_model", settings), contract)
     return contract
 
 
 def write_experiment(
-    out: Path, experiment: Experiment, *, control: RankerContract, treatment: RankerContract
+    out: Path, settings: ExportSettings, *, control: RankerContract, treatment: RankerContract
 ) -> ExperimentContract:
     """Writes the model `ranker` to the new folder `out`, beside the rankers `ranker_base` and `ranker_trackrec`.
 
     Args:
+        settings: with an experiment.
         control, treatment: the contracts of these two.
     """
+    assert settings.experiment is not None
+    experiment = settings.experiment.experiment
     drawn = hashlib.sha256(experiment.model_dump_json().encode()).hexdigest()[: len(control.model_version)]
     contract = ExperimentContract(
         model_version=f"{control.model_version}-{treatment.model_version}-{drawn}",
@@ -188,16 +201,16 @@ def write_experiment(
         treatment=treatment,
     )
     (out / "1").mkdir(parents=True)
-    config = _ranking_model(out, "experiment_model")
+    config = _ranking_model(out, "experiment_model", settings)
     config.output.add(name="arm", data_type=pb.TYPE_STRING, dims=[1])
     _write_config(out, config, contract)
     return contract
 
 
-def _ranking_model(out: Path, module: str) -> pb.ModelConfig:
+def _ranking_model(out: Path, module: str, settings: ExportSettings) -> pb.ModelConfig:
     """A user and candidates in, scores out."""
     triton = _python_model(out, module, _RANKER_BATCH)
-    triton.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    triton.instance_group.add(count=settings.ranker_instances, kind=pb.ModelInstanceGroup.KIND_CPU)
     triton.input.add(name="user_id", data_type=pb.TYPE_STRING, dims=[1])
     # Requests with different numbers of candidates are scored together.
     triton.input.add(name="item_id", data_type=pb.TYPE_STRING, dims=[-1], allow_ragged_batch=True)

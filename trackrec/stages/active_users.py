@@ -38,7 +38,8 @@ def run(
 
     Args:
         data: the engine; it changes no row.
-        domain, history_length: of the contexts that G was aligned on.
+        domain: of the contexts that G was aligned on.
+        history_length: items of each user, for the prompt, which holds fewer maybe, and for ranking models.
 
     Facts: `as_of` (s), users, and those dropped as inactive and by sampling.
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from trackrec import storage
-from trackrec.config import DecodingSettings, Domain, EncodeSettings
+from trackrec.config import DecodingSettings, Domain, EncodeSettings, Positive
 from trackrec.llm.models import check_whole
 from trackrec.serving import repository as repositories
 from trackrec.serving import server, smoke, version
@@ -34,6 +34,7 @@ class _Export(BaseModel):
     generate: DecodingSettings
     encode: EncodeSettings
     domain: Domain
+    history_length: Positive
     run: str
 
 
@@ -43,6 +44,7 @@ def run(
     generate: DecodingSettings,
     encode: EncodeSettings,
     domain: str,
+    history_length: int,
     run: str,
     run_config: str,
     base_model: Path,
@@ -60,7 +62,8 @@ def run(
     fails, nothing is published.
 
     Args:
-        generate, encode, domain: how the run's RecCoTs were decoded, encoded and asked for; so they are in serving.
+        generate, encode: how the run's RecCoTs were decoded and encoded; so they are in serving.
+        domain, history_length: of the contexts that G was aligned on; so are prompts in serving.
         run, run_config: the run's name and its settings as YAML, for the record.
         metrics: of the last evaluation of V, for the record.
         encoder: none of a run without; no vectors are served then.
@@ -75,9 +78,8 @@ def run(
         ServerError: there is no server, or it does not load the models; SmokeError: one of them does not answer as it
             should.
     """
-    arm = _Export.model_validate(
-        {"export": settings, "generate": generate, "encode": encode, "domain": domain, "run": run}
-    )
+    asked = {"domain": domain, "history_length": history_length}
+    arm = _Export.model_validate({"export": settings, "generate": generate, "encode": encode, "run": run, **asked})
     config = yaml.safe_load(run_config)
     if not isinstance(config, dict):
         raise ValueError("`run_config` is no YAML mapping; give the run's config.yaml")
@@ -96,11 +98,16 @@ def run(
         for path in (generator, *ranked):
             check_whole(base_model, path)
         out = job.outputs["repository"]
-        models: dict[ModelName, Contract] = {
-            "generator": repositories.write_generator(
-                out / "generator", settings, generate, arm.domain, base_model=base_model, generator=generator
-            )
-        }
+        writes = repositories.write_generator(
+            out / "generator",
+            settings,
+            generate,
+            domain=arm.domain,
+            history_length=arm.history_length,
+            base_model=base_model,
+            generator=generator,
+        )
+        models: dict[ModelName, Contract] = {"generator": writes}
         absent: dict[ModelName, str] = {}
         if encoder is None:
             absent["encoder"] = _NO_ENCODER
@@ -112,15 +119,15 @@ def run(
             if ranker is None or items is None:
                 absent[name] = _NO_RANKER
                 continue
-            reads = encodes if name == "ranker_trackrec" else None
+            reads = (writes, encodes) if name == "ranker_trackrec" else (None, None)
             served[name] = repositories.write_ranker(
-                out / name, ranker=ranker, items=items, seed=settings.seed, encoder=reads
+                out / name, settings, ranker=ranker, items=items, generator=reads[0], encoder=reads[1]
             )
         models |= served
         if settings.experiment is not None:
             models["ranker"] = repositories.write_experiment(
                 out / "ranker",
-                settings.experiment.experiment,
+                settings,
                 control=served["ranker_base"],
                 treatment=served["ranker_trackrec"],
             )

@@ -38,6 +38,7 @@ def repository(
         **{
             "model_version": "g1",
             "domain": "movies",
+            "history_length": 100,
             "opening": "<|user|>",
             "closing": "<|assistant|>",
             "special_tokens": ("<|user|>", "<|assistant|>"),
