@@ -6,7 +6,8 @@
 One server has `ranker_base` and `ranker_trackrec`: one backbone with random weights, one feature table. A client in a
 process of its own sends requests at Poisson arrivals, whether or not earlier ones are answered, and counts from the
 moment a request was due: a queue counts, in the server and in the client. Both models get the same users, candidates
-and arrivals, in turn, rate by rate; the table has the medians over the runs, and of the runs' own ratios.
+and arrivals, in turn, rate by rate; the table has the medians over the runs, and of the runs' own ratios, with the
+smallest and the largest: a rate at which these are far apart is one at which the machine decides, not the model.
 """
 
 import argparse
@@ -287,7 +288,7 @@ def answer_of(
 def table(found: dict[float, dict[str, list[Outcome]]]) -> str:
     """Markdown: medians over the runs, in ms, and the medians of the runs' own ratios."""
     lines = [
-        "| requests/s | model | p50 | p95 | p99 | p99, ratio | answered in time | |",
+        "| requests/s | model | p50 | p95 | p99 | p99, ratio (of the runs) | answered in time | |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for rate, models in found.items():
@@ -296,7 +297,8 @@ def table(found: dict[float, dict[str, list[Outcome]]]) -> str:
         for model, outcomes in models.items():
             columns = [statistics.median(column) for column in zip(*(o.percentiles for o in outcomes), strict=True)]
             answered = statistics.median(outcome.answered for outcome in outcomes)
-            ratio = f"{statistics.median(ratios):.3f}" if model == MODELS[1] else ""
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            ratio = spread if model == MODELS[1] else ""
             lines.append(
                 f"| {rate:g} | `{model}` | {' | '.join(f'{ms:.2f}' for ms in columns)} | {ratio} | {answered:.1%} | "
                 f"{'' if answered >= SERVED else 'more than this machine serves'} |"
