@@ -211,12 +211,12 @@ class _Roll:
                     self.name, f"Deployment {self.name}: {len(ready)} of {found.spec.replicas} pods are new"
                 )
             if asked is not None:
-                self._may_go_on(found, pods, time.monotonic() - since)
+                self._may_go_on(pods, time.monotonic() - since)
             elif time.monotonic() - since > self.timeout_s:
                 raise RolloutError(f"no progress for {self.timeout_s:g} s")
             time.sleep(_POLL_SECONDS)
 
-    def _may_go_on(self, found: Any, pods: list[Any], waited: float) -> None:
+    def _may_go_on(self, pods: list[Any], waited: float) -> None:
         """
         Raises:
             RolloutError: a new pod cannot become ready, or none has for too long.
@@ -225,14 +225,13 @@ class _Roll:
             self.states.look_at(pods)
         except HopelessError as error:
             raise RolloutError(str(error)) from None
-        for condition in found.status.conditions or []:
-            if condition.type == "Progressing" and condition.reason == "ProgressDeadlineExceeded":
-                waited = float("inf")
+        # Kubernetes' own ProgressDeadlineExceeded is no verdict: it may be of the rollout before this one, and stays until
+        # the controller sees progress.
         if waited > self.timeout_s:
             for pod in pods:
                 if not is_ready(pod):
                     self.states.print_tail(pod)
-            raise RolloutError(f"no progress for {min(waited, self.timeout_s):g} s ({self.states.explain(pods)})")
+            raise RolloutError(f"no progress for {self.timeout_s:g} s ({self.states.explain(pods)})")
 
     def _ask(self, found: Any, pod: Any) -> dict[str, Any]:
         ports = [port for c in found.spec.template.spec.containers for port in c.ports or [] if port.name == "grpc"]
