@@ -173,6 +173,32 @@ def test_one_lost_connection_condemns_no_version(cluster: Callable[..., Deployme
     assert asked == ["127.0.0.1:8001"] * 3
 
 
+def test_a_pod_that_is_only_slow_is_asked_again(cluster: Callable[..., DeploymentApi]) -> None:
+    asked: list[str] = []
+
+    def under_load(address: str) -> dict[str, Any]:
+        asked.append(address)
+        if len(asked) <= 2 * rollout._SMOKE_TRIES:
+            raise smoke.SlowError("the generator did not answer within 30 s")
+        return passes(address)
+
+    api = cluster()
+    done = roll(api, under_load)
+    assert sorted(done.smoke) == sorted(api.pods) and api.available == [NEW.name] * 2
+
+
+def test_a_pod_that_stays_slow_is_rolled_back(cluster: Callable[..., DeploymentApi]) -> None:
+    def hangs(address: str) -> dict[str, Any]:
+        raise smoke.SlowError("the generator did not answer within 30 s")
+
+    api = cluster()
+    with pytest.raises(
+        RolloutError, match=r"no progress for 1 s \(pod pod-2: the generator did not .* version v-1 was put back"
+    ):
+        roll(api, hangs, timeout_s=1)
+    assert_the_old_version_serves(api)
+
+
 def test_what_one_try_of_a_run_has_put_back_the_next_does_not_roll_out_again(
     cluster: Callable[..., DeploymentApi],
 ) -> None:
