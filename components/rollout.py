@@ -16,7 +16,7 @@ from kubernetes.client import ApiException, AppsV1Api, CoreV1Api
 
 from components.incluster import TIMEOUT, Cluster, Patience, UnreachableError, in_cluster, refusal, sigterm_as_exit
 from components.podstates import HopelessError, PodStates, is_ready
-from trackrec.serving.smoke import SmokeError
+from trackrec.serving.smoke import SlowError, SmokeError
 from trackrec.serving_config import DeploySettings
 from trackrec.stages.deploy import Roll
 
@@ -27,7 +27,7 @@ PREVIOUS, PREVIOUS_URI = "trackrec/previous-version", "trackrec/previous-version
 REFUSED = "trackrec/refused"
 
 _POLL_SECONDS = 3.0
-# One lost connection condemns no version.
+# One lost connection condemns no version. All tries end before an old pod goes (minReadySeconds).
 _SMOKE_TRIES = 3
 
 T = TypeVar("T")
@@ -74,7 +74,8 @@ def roll(
     On SIGTERM the old version is put back, too, and not waited for: the pod has half a minute.
 
     Args:
-        smoke: asks the server at HOST:PORT for an answer of every model; raises SmokeError.
+        smoke: asks the server at HOST:PORT for an answer of every model; raises SmokeError, or SlowError, after which
+            the pod is asked again.
         timeout_s: without any progress (a pod more that is new, ready, asked, or gone) the old version is put back.
         run: what a stage's tries have in common; what one of them has put back, the next does not roll out again.
 
@@ -128,6 +129,8 @@ class _Roll:
         self.timeout_s = timeout_s
         self.refused = f"{version.name} {run}" if run else ""
         self.patience = Patience()
+        # What pods did not answer in time: they serve already, so it may be others' requests that they wait for.
+        self.slow: dict[str, str] = {}
 
     def rolled(self) -> Rollout:
         with sigterm_as_exit():
@@ -199,8 +202,8 @@ class _Roll:
             ready = [pod for pod in pods if is_ready(pod)]
             if asked is not None:
                 for pod in ready:
-                    if pod.metadata.name not in asked:
-                        asked[pod.metadata.name] = self._ask(found, pod)
+                    if pod.metadata.name not in asked and (answer := self._ask(found, pod)) is not None:
+                        asked[pod.metadata.name] = answer
             if _is_complete(found) and (asked is None or (ready and {p.metadata.name for p in ready} <= asked.keys())):
                 return
             status = found.status
@@ -211,12 +214,12 @@ class _Roll:
                     self.name, f"Deployment {self.name}: {len(ready)} of {found.spec.replicas} pods are new"
                 )
             if asked is not None:
-                self._may_go_on(found, pods, time.monotonic() - since)
+                self._may_go_on(pods, time.monotonic() - since)
             elif time.monotonic() - since > self.timeout_s:
                 raise RolloutError(f"no progress for {self.timeout_s:g} s")
             time.sleep(_POLL_SECONDS)
 
-    def _may_go_on(self, found: Any, pods: list[Any], waited: float) -> None:
+    def _may_go_on(self, pods: list[Any], waited: float) -> None:
         """
         Raises:
             RolloutError: a new pod cannot become ready, or none has for too long.
@@ -225,29 +228,41 @@ class _Roll:
             self.states.look_at(pods)
         except HopelessError as error:
             raise RolloutError(str(error)) from None
-        for condition in found.status.conditions or []:
-            if condition.type == "Progressing" and condition.reason == "ProgressDeadlineExceeded":
-                waited = float("inf")
+        # Kubernetes' own ProgressDeadlineExceeded is no verdict: it may be of the rollout before, and stays until there is
+        # progress.
         if waited > self.timeout_s:
             for pod in pods:
                 if not is_ready(pod):
                     self.states.print_tail(pod)
-            raise RolloutError(f"no progress for {min(waited, self.timeout_s):g} s ({self.states.explain(pods)})")
+            ready = [pod.metadata.name for pod in pods if is_ready(pod)]
+            slow = "; ".join(f"pod {name}: {self.slow[name]}" for name in ready if name in self.slow)
+            raise RolloutError(f"no progress for {self.timeout_s:g} s ({slow or self.states.explain(pods)})")
 
-    def _ask(self, found: Any, pod: Any) -> dict[str, Any]:
+    def _ask(self, found: Any, pod: Any) -> dict[str, Any] | None:
+        """None: not in time.
+
+        Raises:
+            RolloutError: the pod answers wrongly, or not at all.
+        """
         ports = [port for c in found.spec.template.spec.containers for port in c.ports or [] if port.name == "grpc"]
         if not ports:
             raise RolloutError(f"Deployment {self.name} names no container port `grpc`")
         host = f"[{pod.status.pod_ip}]" if ":" in pod.status.pod_ip else pod.status.pod_ip
+        name = pod.metadata.name
         for attempt in range(_SMOKE_TRIES):
             try:
                 answer = self.smoke(f"{host}:{ports[0].container_port}")
-                print(f"pod {pod.metadata.name}: the smoke inference passed", flush=True)
+                print(f"pod {name}: the smoke inference passed", flush=True)
+                self.slow.pop(name, None)
                 return answer
+            except SlowError as error:
+                self.slow[name] = str(error)
+                self.states.say(name, f"pod {name}: is asked again, for it is slow: {error}")
+                return None
             except SmokeError as error:
                 if attempt == _SMOKE_TRIES - 1:
                     self.states.print_tail(pod)
-                    raise RolloutError(f"the smoke inference of pod {pod.metadata.name} failed: {error}") from None
+                    raise RolloutError(f"the smoke inference of pod {name} failed: {error}") from None
             time.sleep(_POLL_SECONDS)
         raise AssertionError
 

@@ -27,6 +27,7 @@ from tests.test_manifests import WITH_ALL, gib, made, named, needs_kubectl, of, 
 from trackrec import config_file
 from trackrec.serving import server, smoke
 from trackrec.serving_config import DeploySettings, FeaturesSettings
+from trackrec.stages import deploy
 
 NAME = "trackrec-triton"
 LABELS = {"app.kubernetes.io/name": NAME}
@@ -70,8 +71,9 @@ def test_the_stage_rolls_out_what_the_manifests_name() -> None:
 def test_old_pods_serve_until_new_ones_have_proved_good() -> None:
     spec = deployment()["spec"]
     assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
-    # Time for the stage to ask a new pod, tries and all, before an old one goes.
-    assert spec["minReadySeconds"] > rollout._SMOKE_TRIES * rollout._POLL_SECONDS
+    # Time for the stage to find a new pod and to ask it, tries and all, before an old one goes.
+    tries = rollout._SMOKE_TRIES * (deploy.SMOKE_SECONDS + rollout._POLL_SECONDS)
+    assert spec["minReadySeconds"] > tries + 2 * rollout._POLL_SECONDS
     startup = container()["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] <= DeploySettings().timeout_s
     # A version may be put back: its ReplicaSet is kept.

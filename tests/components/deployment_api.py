@@ -65,7 +65,8 @@ class DeploymentApi:
         # Answers with an error instead, each once, by "METHOD kind".
         self.faults: dict[str, list[tuple[int, str]]] = defaultdict(list)
         self.patches: list[dict[str, Any]] = []
-        self.deadline_exceeded = False
+        self.progressed: tuple[int, ...] = ()
+        self.in_time = True
         self.made: dict[str, float] = {}
         self.pods: dict[str, dict[str, Any]] = {}
         self.least_available: int | None = None
@@ -127,6 +128,11 @@ class DeploymentApi:
         found: dict[str, str] = self.deployment["metadata"]["annotations"]
         return found
 
+    def miss_the_deadline(self) -> None:
+        with self.lock:
+            self.in_time = False
+            self._control()
+
     def patch(self, body: dict[str, Any]) -> None:
         """A strategic merge; of what is patched here (no lists) the same as a plain one."""
         with self.lock:
@@ -159,14 +165,17 @@ class DeploymentApi:
         counted = len(available)
         self.least_available = counted if self.least_available is None else min(self.least_available, counted)
         self.most_pods = max(self.most_pods, len(self.pods))
-        reason = "ProgressDeadlineExceeded" if self.deadline_exceeded else "ReplicaSetUpdated"
-        status = "False" if self.deadline_exceeded else "True"
+        updated = sum(_version(pod) == self.serves for pod in self.pods.values())
+        progressed, self.progressed = self.progressed, (updated, counted)
+        # A missed deadline stays missed until there is progress.
+        self.in_time |= any(now > before for now, before in zip(self.progressed, progressed, strict=False))
+        reason = "ReplicaSetUpdated" if self.in_time else "ProgressDeadlineExceeded"
         self.deployment["status"] = {
             "observedGeneration": self.deployment["metadata"]["generation"],
             "replicas": len(self.pods),
-            "updatedReplicas": sum(_version(pod) == self.serves for pod in self.pods.values()),
+            "updatedReplicas": updated,
             "availableReplicas": counted,
-            "conditions": [{"type": "Progressing", "status": status, "reason": reason}],
+            "conditions": [{"type": "Progressing", "status": str(self.in_time), "reason": reason}],
         }
 
     def _make_pod(self, age: float) -> dict[str, Any]:

@@ -149,13 +149,14 @@ def test_a_version_that_cannot_be_fetched_is_rolled_back(
     assert_the_old_version_serves(api)
 
 
-def test_kubernetes_own_deadline_counts(cluster: Callable[..., DeploymentApi]) -> None:
-    api = cluster()
-    api.behaviours[NEW.name] = deployment_api.never
-    threading.Timer(0.5, lambda: setattr(api, "deadline_exceeded", True)).start()
-    with pytest.raises(RolloutError, match="no progress for 20 s"):
-        roll(api)
-    assert_the_old_version_serves(api)
+def test_a_deadline_that_was_missed_before_the_rollout_condemns_no_version(
+    cluster: Callable[..., DeploymentApi],
+) -> None:
+    """The manifests are applied, and the first version comes hours later: till then pods fail, since there is none."""
+    api = cluster(None)
+    api.miss_the_deadline()
+    assert roll(api).version == NEW
+    assert api.available == [NEW.name] * 2 and REFUSED not in api.annotations
 
 
 def test_one_lost_connection_condemns_no_version(cluster: Callable[..., DeploymentApi]) -> None:
@@ -170,6 +171,32 @@ def test_one_lost_connection_condemns_no_version(cluster: Callable[..., Deployme
     api = cluster(grpc_port=8001)
     assert len(roll(api, once_away).smoke) == 2
     assert asked == ["127.0.0.1:8001"] * 3
+
+
+def test_a_pod_that_is_only_slow_is_asked_again(cluster: Callable[..., DeploymentApi]) -> None:
+    asked: list[str] = []
+
+    def under_load(address: str) -> dict[str, Any]:
+        asked.append(address)
+        if len(asked) <= 2 * rollout._SMOKE_TRIES:
+            raise smoke.SlowError("the generator did not answer within 30 s")
+        return passes(address)
+
+    api = cluster()
+    done = roll(api, under_load)
+    assert sorted(done.smoke) == sorted(api.pods) and api.available == [NEW.name] * 2
+
+
+def test_a_pod_that_stays_slow_is_rolled_back(cluster: Callable[..., DeploymentApi]) -> None:
+    def hangs(address: str) -> dict[str, Any]:
+        raise smoke.SlowError("the generator did not answer within 30 s")
+
+    api = cluster()
+    with pytest.raises(
+        RolloutError, match=r"no progress for 1 s \(pod pod-2: the generator did not .* version v-1 was put back"
+    ):
+        roll(api, hangs, timeout_s=1)
+    assert_the_old_version_serves(api)
 
 
 def test_what_one_try_of_a_run_has_put_back_the_next_does_not_roll_out_again(

@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tritonclient.grpc as triton
@@ -107,6 +109,24 @@ def test_what_cannot_be_right_does_not_pass(
             versions.write(repository, "g-1")
             client.load_model(model)
     assert smoke.check(running.grpc, asked).keys() == {model}
+
+
+def test_answers_that_together_take_too_long_are_slow(
+    served: tuple[Path, server.Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though each of them comes in time."""
+    repository, running = served
+    infer = triton.InferenceServerClient.infer
+
+    def under_load(*args: Any, **given: Any) -> triton.InferResult:
+        time.sleep(1.5)
+        return infer(*args, **given)
+
+    monkeypatch.setattr(triton.InferenceServerClient, "infer", under_load)
+    expected = smoke.expected(repository)
+    asked = smoke.Expected({name: expected.versions[name] for name in ("encoder", *smoke.RANKERS)}, expected.items)
+    with pytest.raises(smoke.SlowError, match=r"ranker_trackrec at .* Deadline Exceeded"):
+        smoke.check(running.grpc, asked, seconds=20, within=2.5)
 
 
 def test_a_server_that_is_not_there_is_one_line() -> None:

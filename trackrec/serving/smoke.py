@@ -10,7 +10,7 @@ import math
 import queue
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,13 @@ def expected(repository: Path) -> Expected:
     return Expected(versions, tuple(items))
 
 
-def check(address: str, served: Expected, *, seconds: float = _SECONDS) -> dict[str, Any]:
+def check(address: str, served: Expected, *, seconds: float = _SECONDS, within: float = math.inf) -> dict[str, Any]:
     """Asks every model of the server for its contract and for one answer.
 
     Args:
         address: HOST:PORT of its gRPC endpoint.
         seconds: each answer may take.
+        within: seconds for all answers together.
 
     Returns:
         By model: its `model_version`, the seconds it took, and what it answered: the generator's `text`,
@@ -112,21 +113,26 @@ def check(address: str, served: Expected, *, seconds: float = _SECONDS) -> dict[
         SlowError: it has not answered in time.
     """
     found: dict[str, Any] = {}
+    ends = time.monotonic() + within
+
+    def left() -> float:
+        return max(0.01, min(seconds, ends - time.monotonic()))
+
     with triton.InferenceServerClient(address, channel_args=CHANNEL) as client:
         for name, version in served.versions.items():
             try:
-                contract = _class_of(name).of(client.get_model_config(name, client_timeout=seconds))
+                contract = _class_of(name).of(client.get_model_config(name, client_timeout=left()))
                 if contract.model_version != version:
                     raise SmokeError(f"{name} at {address} is of version {contract.model_version}, not {version}")
                 began = time.monotonic()
                 if isinstance(contract, GeneratorContract):
-                    answer = _generated(client, contract, seconds)
+                    answer = _generated(client, contract, left())
                 elif isinstance(contract, EncoderContract):
-                    answer = _encoded(client, contract, seconds)
+                    answer = _encoded(client, contract, left())
                 elif isinstance(contract, ExperimentContract):
-                    answer = _split(client, name, contract, served.items, seconds)
+                    answer = _split(client, name, contract, served.items, left)
                 else:
-                    answer = {"scores": _ranked(client, name, _USER, served.items, seconds)[0]}
+                    answer = {"scores": _ranked(client, name, _USER, served.items, left())[0]}
             except (InferenceServerException, ContractError) as error:
                 # Over a stream the client's own deadline comes as the server's words.
                 slow = isinstance(error, InferenceServerException) and "deadline exceeded" in str(error).lower()
@@ -229,13 +235,13 @@ def _split(
     name: str,
     contract: ExperimentContract,
     items: tuple[str, ...],
-    seconds: float,
+    left: Callable[[], float],
 ) -> dict[str, Any]:
     """One user of each bucket."""
     found = {}
     for bucket in contract.experiment.shares:
         user = next(u for k in range(_USERS) if contract.experiment.bucket(u := f"{_USER}-{k}") == bucket)
-        found[bucket], result = _ranked(client, name, user, items, seconds)
+        found[bucket], result = _ranked(client, name, user, items, left())
         arm = result.as_numpy("arm")
         if arm is None or arm.tolist() != [[bucket.encode()]]:
             raise SmokeError(f"{name} puts user {user} into {arm}, who is in bucket {bucket!r}")

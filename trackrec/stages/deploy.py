@@ -10,6 +10,8 @@ from trackrec.serving import smoke, version
 from trackrec.serving_config import DeploySettings
 
 ROLLOUT = "rollout.json"
+# All answers of a new pod together, which gave them to its startup probe before: an old pod does not wait for long.
+SMOKE_SECONDS = 30.0
 # Rolls a version out: its name, where it lies, and the inference that a server must pass; returns what was done.
 Roll = Callable[[str, str, Callable[[str], dict[str, Any]]], dict[str, Any]]
 
@@ -44,6 +46,6 @@ def run(settings: DeploySettings, *, repository: Path, rollout: Path, roll: Roll
             Path(uri).parent.mkdir(parents=True, exist_ok=True)
         storage.upload(repository, uri)
         print(f"version {name} lies at {uri}", flush=True)
-        done = roll(name, uri, lambda address: smoke.check(address, served))
+        done = roll(name, uri, lambda address: smoke.check(address, served, within=SMOKE_SECONDS))
         (job.outputs["rollout"] / ROLLOUT).write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
         job.facts["pods"] = len(done["smoke"])
