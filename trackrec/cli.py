@@ -172,9 +172,9 @@ def serve(
     address: Annotated[str, typer.Option(help="What to listen on; 0.0.0.0 is every address of the machine.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(help="Of gRPC.")] = 8001,
-    http_port: Annotated[int, typer.Option(help="Of HTTP.")] = 8000,
-    metrics_port: Annotated[int, typer.Option(help="Of Prometheus' metrics.")] = 8002,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of gRPC.")] = 8001,
+    http_port: Annotated[int, typer.Option(min=1, max=65535, help="Of HTTP.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Of Prometheus' metrics.")] = 8002,
     ready: Annotated[float, typer.Option(min=1, help="Seconds until all models must be loaded.")] = 900,
 ) -> None:
     """Serve a version with Triton on this machine, until Ctrl-C or SIGTERM."""

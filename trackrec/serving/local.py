@@ -35,7 +35,7 @@ def serve(
 
     Raises:
         NotPublishedError, CorruptError: the repository is none, or differs from its checksums.
-        ServerError: no server is installed, it does not load the models, or it ended by itself.
+        ServerError: no server is installed, a port is in use, it does not load the models, or it ended by itself.
     """
     repository = repository.resolve()
     served = version.read(repository)
@@ -43,6 +43,8 @@ def serve(
     if features is not None and not storage.is_remote(features):
         # The server's working folder is the repository.
         features = str(Path(features).resolve())
+    # Before the log is touched: it may be that of the server which has the ports.
+    server.check_free(address, ports)
     # Each of a machine's users has a file of their own.
     log = Path(tempfile.gettempdir()) / f"trackrec-serve-{os.getuid()}-{ports[0]}.log"
     ended = threading.Event()
@@ -76,10 +78,10 @@ def _ready(running: server.Server, seconds: float, ended: threading.Event) -> bo
     """Waits for it; False where it is to end before that."""
     waited = 0.0
     while not ended.is_set():
-        if running.ready():
-            return True
         if running.process.poll() is not None or waited >= seconds:
             running.wait_ready(0)
+        if running.ready():
+            return True
         ended.wait(_LOOK_SECONDS)
         waited += _LOOK_SECONDS
     return False

@@ -15,10 +15,10 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO
 
@@ -56,16 +56,23 @@ class Server:
     http: str
     metrics: str
     log: Path
+    # Its own, and what it calls itself, too.
     shm_prefix: str
     # What lives as long as the server.
     scratch: contextlib.ExitStack = field(repr=False)
 
     def ready(self) -> bool:
-        """Whether every model is loaded and answers."""
+        """Whether it runs and has loaded its models. One that is unloaded later changes nothing: ask the model."""
+        if self.process.poll() is not None:
+            return False
         try:
+            with urllib.request.urlopen(f"http://{self.http}/v2", timeout=5) as answer:
+                # Another server that has the port would answer for this one.
+                if f'"{self.shm_prefix}"'.encode() not in answer.read():
+                    return False
             with urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=5):
                 return True
-        except (urllib.error.URLError, OSError):
+        except (OSError, HTTPException):
             return False
 
     def wait_ready(self, seconds: float) -> None:
@@ -130,7 +137,7 @@ def start(
         command += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in models or ["*"])]
         command += [f"--{kind}-address={address}" for kind in ("grpc", "http", "metrics")]
         command += [f"--grpc-port={grpc}", f"--http-port={http}", f"--metrics-port={metrics}"]
-        command += [f"--backend-config=python,shm-region-prefix-name={prefix}"]
+        command += [f"--id={prefix}", f"--backend-config=python,shm-region-prefix-name={prefix}"]
         command += [f"--exit-timeout-secs={EXIT_SECONDS}"]
         out: IO[bytes] = scratch.enter_context(log.open("wb"))
         process = subprocess.Popen(
@@ -172,6 +179,23 @@ def check_installed() -> None:
     """
     if not (INSTALLED / "bin/tritonserver").is_file():
         _environment()
+
+
+def check_free(address: str, ports: Sequence[int]) -> None:
+    """
+    Raises:
+        ServerError: one cannot be had.
+    """
+    for port in ports:
+        with socket.socket() as tried:
+            # As the server binds it: connections of an earlier one that are still being closed do not count.
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind((address, port))
+            except OSError as error:
+                raise ServerError(
+                    f"port {port} of {address} cannot be had ({error.strerror}): end what has it, or give other ports"
+                ) from error
 
 
 def _installation(scratch: Path) -> tuple[list[str], dict[str, str]]:
