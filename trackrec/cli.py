@@ -169,9 +169,13 @@ def serve(
     features: Annotated[
         str | None, typer.Option(help="Where the feature job commits its tables, for the rankers: a folder or gs://.")
     ] = None,
-    address: Annotated[str, typer.Option(help="What to listen on; 0.0.0.0 is every address of the machine.")] = (
-        "127.0.0.1"
-    ),
+    address: Annotated[
+        str,
+        typer.Option(
+            help="What to listen on; 0.0.0.0 is every address of the machine. Whoever reaches it may infer and read. "
+            "Loading models, which runs code, is closed, but to gRPC's clients of a loopback address."
+        ),
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of gRPC.")] = 8001,
     http_port: Annotated[int, typer.Option(min=1, max=65535, help="Of HTTP.")] = 8000,
     metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Of Prometheus' metrics.")] = 8002,

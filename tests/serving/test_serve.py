@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 import venv
 from collections.abc import Iterator, Sequence
@@ -26,7 +28,6 @@ from trackrec import storage
 from trackrec.config import EncodeSettings
 from trackrec.fetch import fetch
 from trackrec.serving import repository, server, version
-from trackrec.serving.local import FEATURES_ENV
 
 
 class _None(BaseModel):
@@ -114,10 +115,16 @@ def test_it_says_what_it_serves_and_where_and_drains_at_the_end(served: Served, 
     assert f"gRPC 127.0.0.1:{grpc}, HTTP 127.0.0.1:{http}" in told and "no generator: the test has none" in told
     process = process_of(served.process.pid)
     # Its working folder is the repository, and the path was meant from here.
-    assert f"{FEATURES_ENV}={Path('runs/features').resolve()}" in (process / "environ").read_text().split("\0")
+    assert f"{server.FEATURES_ENV}={Path('runs/features').resolve()}" in (process / "environ").read_text().split("\0")
     prefix = (process / "cmdline").read_text().partition("shm-region-prefix-name=")[2].partition("\0")[0]
     assert list(Path("/dev/shm").glob(f"{prefix}*"))
+    # A web page's request, which would run its code.
+    load = urllib.request.Request(f"http://127.0.0.1:{http}/v2/repository/models/theirs/load", data=b"{}")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(load, timeout=10)
     with triton.InferenceServerClient(f"127.0.0.1:{grpc}") as client:
+        # The batch job loads a dead model anew.
+        assert [model.name for model in client.get_model_repository_index().models] == ["encoder"]
         # Two of these are more than a batch: the second waits for the first, the third for both.
         given = triton.InferInput("text", [20, 1], "BYTES")
         given.set_data_from_numpy(np.array([[b"quiet films about the sea " * 12]] * 20, dtype=object))
@@ -189,6 +196,31 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         finally:
             found.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize(("address", "local"), [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)])
+def test_models_are_loaded_by_nobody_or_by_this_machines_grpc_clients(address: str, local: bool) -> None:
+    http, grpc = server._closed(address)
+    assert re.fullmatch("--http-restricted-api=model-repository,shared-memory,trace,logging:key=[0-9a-f]{32}", http)
+    assert grpc.startswith("--grpc-restricted-protocol=") and "shared-memory,trace,logging:key=" in grpc
+    assert ("model-repository" not in grpc) == local
+
+
+@pytest.mark.parametrize("given", [{}, {server.FEATURES_ENV: "/own"}])
+def test_the_shells_feature_table_is_not_served(
+    given: dict[str, str], published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(server.FEATURES_ENV, "/of/another/server")
+    running = server.start(published, tmp_path / "log", environment=given, outlives=False)
+    try:
+        end = time.monotonic() + 10
+        # Empty while the process becomes the server.
+        while not (variables := Path(f"/proc/{running.process.pid}/environ").read_text()):
+            assert time.monotonic() < end
+    finally:
+        running.kill()
+    found = [each for each in variables.split("\0") if each.startswith(f"{server.FEATURES_ENV}=")]
+    assert found == [f"{name}={value}" for name, value in given.items()]
 
 
 def test_ctrl_c_while_it_loads_ends_it(served: Served) -> None:

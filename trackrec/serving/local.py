@@ -11,8 +11,6 @@ from types import FrameType
 from trackrec import storage
 from trackrec.serving import server, version
 
-# Where the rankers find the feature table.
-FEATURES_ENV = "TRACKREC_FEATURES"
 _LOOK_SECONDS = 0.5
 
 
@@ -54,7 +52,7 @@ def serve(
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        environment = {} if features is None else {FEATURES_ENV: features}
+        environment = {} if features is None else {server.FEATURES_ENV: features}
         running = server.start(repository, log, address=address, ports=ports, environment=environment, outlives=False)
         try:
             say(f"loading version {served.version} of the run {served.run}; the server's log is {log}")

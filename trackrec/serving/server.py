@@ -6,6 +6,7 @@ backend of the same name and contract over transformers, serves the same reposit
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import secrets
@@ -24,6 +25,8 @@ from typing import IO
 
 # Where NVIDIA's images have it.
 INSTALLED = Path("/opt/tritonserver")
+# Where the rankers find the feature table.
+FEATURES_ENV = "TRACKREC_FEATURES"
 # Names another environment with the wheel in it.
 ENV = "TRACKREC_TRITON"
 _BACKENDS = Path(__file__).parent / "backends"
@@ -122,7 +125,7 @@ def start(
         log: what the server writes; replaced.
         models: those to load; all by default.
         ports: gRPC, HTTP and metrics; free ones by default.
-        environment: further variables of the server and its models.
+        environment: further variables of the server and its models; the feature table is inherited from nobody.
         outlives: it stays if this process is killed; else it ends as by `stop`, also when the calling thread ends.
 
     Raises:
@@ -137,13 +140,16 @@ def start(
         command += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in models or ["*"])]
         command += [f"--{kind}-address={address}" for kind in ("grpc", "http", "metrics")]
         command += [f"--grpc-port={grpc}", f"--http-port={http}", f"--metrics-port={metrics}"]
+        command += _closed(address)
         command += [f"--id={prefix}", f"--backend-config=python,shm-region-prefix-name={prefix}"]
         command += [f"--exit-timeout-secs={EXIT_SECONDS}"]
+        # A shell's own, set for another server, would be served here.
+        inherited = {name: value for name, value in os.environ.items() if name != FEATURES_ENV}
         out: IO[bytes] = scratch.enter_context(log.open("wb"))
         process = subprocess.Popen(
             [*([] if outlives else _TIED), *(part for part in command if part)],
             cwd=repository,
-            env={**_SHARED, **os.environ, **variables, **(environment or {})},
+            env={**_SHARED, **inherited, **variables, **(environment or {})},
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -196,6 +202,21 @@ def check_free(address: str, ports: Sequence[int]) -> None:
                 raise ServerError(
                     f"port {port} of {address} cannot be had ({error.strerror}): end what has it, or give other ports"
                 ) from error
+
+
+def _closed(address: str) -> list[str]:
+    """Options that close what runs a caller's code, maps memory or writes files: it takes a key that nobody has.
+
+    HTTP's doors are closed everywhere, since a web page in a browser on this machine reaches them. No page speaks gRPC:
+    on this machine alone its clients may load models, as the batch job does with one whose process has died.
+    """
+    key = secrets.token_hex(16)
+    doors = "shared-memory,trace,logging"
+    local = all(ipaddress.ip_address(found[4][0]).is_loopback for found in socket.getaddrinfo(address, None))
+    return [
+        f"--http-restricted-api=model-repository,{doors}:key={key}",
+        f"--grpc-restricted-protocol={'' if local else 'model-repository,'}{doors}:key={key}",
+    ]
 
 
 def _installation(scratch: Path) -> tuple[list[str], dict[str, str]]:
