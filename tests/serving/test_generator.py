@@ -2,6 +2,7 @@
 
 import json
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -261,7 +262,7 @@ def test_a_wrong_model_is_not_loaded(server: Server, tiny_model: Path) -> None:
         assert client.is_model_ready("generator")
 
 
-def test_a_failed_engine_answers_and_is_not_ready(server: Server) -> None:
+def test_a_failed_engine_answers_and_its_model_is_not_ready(server: Server) -> None:
     with grpc.InferenceServerClient(server.grpc) as client:
         with Stream(server.grpc, "failing") as stream:
             assert client.is_model_ready("failing")
@@ -270,15 +271,29 @@ def test_a_failed_engine_answers_and_is_not_ready(server: Server) -> None:
             for _ in range(3):
                 with pytest.raises(InferenceServerException, match="unavailable: its engine failed with MemoryError"):
                     stream.next()
+            end = time.monotonic() + 60
             while client.is_model_ready("failing"):
+                assert time.monotonic() < end
                 # Until then it answers, and does not hang.
                 stream.ask("late", TEXTS[0], parameters=GREEDY)
                 with pytest.raises(InferenceServerException, match=r"unavailable|not ready|not found|no available"):
                     stream.next()
-        # What a probe of Kubernetes asks. Its memory is given back when its clients' streams have ended.
-        assert not server.ready() and client.is_model_ready("generator")
+        # Its memory is given back when its clients' streams have ended.
+        end = time.monotonic() + 60
         while states(client)["failing"] != "unloaded":
+            assert time.monotonic() < end
             time.sleep(0.1)
+    # Why the Deployment's probe asks the model: the server calls itself ready.
+    asked = ("models/failing", "models/generator", "health")
+    assert [is_ready(server, what) for what in asked] == [False, True, True]
+
+
+def is_ready(server: Server, what: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{server.http}/v2/{what}/ready", timeout=10):
+            return True
+    except urllib.error.HTTPError:
+        return False
 
 
 def states(client: grpc.InferenceServerClient) -> dict[str, str]:
