@@ -85,6 +85,18 @@ def test_requests_under_way_are_answered_before_a_pod_ends() -> None:
     assert template()["spec"]["terminationGracePeriodSeconds"] > drain + leaving
 
 
+def test_a_server_whose_model_died_is_back_before_the_batch_job_gives_it_up() -> None:
+    liveness, startup, readiness = (container()[f"{kind}Probe"] for kind in ("liveness", "startup", "readiness"))
+    found = liveness["periodSeconds"] * liveness["failureThreshold"]
+    # A request that waits for the dead model keeps Triton from ending by itself.
+    ended = liveness["terminationGracePeriodSeconds"]
+    assert ended > container()["lifecycle"]["preStop"]["sleep"]["seconds"]
+    # docs/deploy.md says so; what is left is for the probes themselves.
+    loaded = 150
+    seen = startup["periodSeconds"] + readiness["periodSeconds"]
+    assert found + ended + loaded + seen <= FeaturesSettings().deadline_s - 30
+
+
 def test_every_container_is_restricted_and_writes_only_where_it_is_given() -> None:
     pod = template()["spec"]
     assert violations(pod) == []
