@@ -38,7 +38,7 @@ from trackrec.features import table as features
 from trackrec.serving import repository, server
 from trackrec.serving.contract import EncoderContract
 from trackrec.serving.feature_store import CACHE_ENV
-from trackrec.serving.local import FEATURES_ENV
+from trackrec.serving.server import FEATURES_ENV
 from trackrec.serving_config import ExportSettings
 
 MODELS = ("ranker_base", "ranker_trackrec")

@@ -169,12 +169,16 @@ def serve(
     features: Annotated[
         str | None, typer.Option(help="Where the feature job commits its tables, for the rankers: a folder or gs://.")
     ] = None,
-    address: Annotated[str, typer.Option(help="What to listen on; 0.0.0.0 is every address of the machine.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(help="Of gRPC.")] = 8001,
-    http_port: Annotated[int, typer.Option(help="Of HTTP.")] = 8000,
-    metrics_port: Annotated[int, typer.Option(help="Of Prometheus' metrics.")] = 8002,
+    address: Annotated[
+        str,
+        typer.Option(
+            help="What to listen on; 0.0.0.0 is every address of the machine. Whoever reaches it may infer and read. "
+            "Loading models, which runs code, is closed, but to gRPC's clients of a loopback address."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of gRPC.")] = 8001,
+    http_port: Annotated[int, typer.Option(min=1, max=65535, help="Of HTTP.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Of Prometheus' metrics.")] = 8002,
     ready: Annotated[float, typer.Option(min=1, help="Seconds until all models must be loaded.")] = 900,
 ) -> None:
     """Serve a version with Triton on this machine, until Ctrl-C or SIGTERM."""

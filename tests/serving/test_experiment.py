@@ -16,7 +16,6 @@ from trackrec.cli import app
 from trackrec.serving import repository, server, smoke
 from trackrec.serving.contract import ExperimentContract
 from trackrec.serving.feature_store import CACHE_ENV
-from trackrec.serving.local import FEATURES_ENV
 from trackrec.serving_config import ExperimentSettings, ExportSettings
 
 SETTINGS = ExperimentSettings(salt="exp-1", control=0.25, treatment=0.5)
@@ -33,7 +32,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ser
         models / "ranker", ExportSettings(experiment=SETTINGS), control=control, treatment=treatment
     )
     write_features(folder / "features", "2026-11-01", USERS)
-    variables = {FEATURES_ENV: str(folder / "features"), CACHE_ENV: str(folder / "cache")}
+    variables = {server.FEATURES_ENV: str(folder / "features"), CACHE_ENV: str(folder / "cache")}
     with server.running(models, folder / "log", models=["ranker"], environment=variables) as running:
         yield models, running
 

@@ -22,8 +22,8 @@ from trackrec.features.partition import Place
 from trackrec.serving import feature_store, feature_table
 from trackrec.serving.contract import RankerContract
 from trackrec.serving.feature_store import CACHE_ENV, SECONDS_ENV, FeatureStore
-from trackrec.serving.local import FEATURES_ENV
 from trackrec.serving.scorer import Scorer
+from trackrec.serving.server import FEATURES_ENV
 
 FIRST, SECOND = "2026-11-01", "2026-11-02"
 MANY = [User(f"user-{k}", earlier((f"i{k % 20}", 5.0, 1)), vector(k) if k % 3 else None) for k in range(10_000)]

@@ -26,7 +26,6 @@ from tests.serving.ranking import (
 from trackrec.serving import server
 from trackrec.serving.contract import RankerContract
 from trackrec.serving.feature_store import CACHE_ENV, SECONDS_ENV
-from trackrec.serving.local import FEATURES_ENV
 
 MODELS = ("ranker_base", "ranker_trackrec")
 # The second commits of a test follow each other: a look costs little.
@@ -55,7 +54,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         with (repository / name / "config.pbtxt").open("a", encoding="utf-8") as config:
             config.write("instance_group { count: 1 kind: KIND_CPU }\n")
     write_features(features, "2026-11-01", USERS)
-    variables = {FEATURES_ENV: str(features), CACHE_ENV: str(cache), SECONDS_ENV: LOOK_SECONDS}
+    variables = {server.FEATURES_ENV: str(features), CACHE_ENV: str(cache), SECONDS_ENV: LOOK_SECONDS}
     with server.running(repository, folder / "server.log", models=MODELS, environment=variables) as running:
         yield Serving(running, repository, features, cache)
 

@@ -1,15 +1,21 @@
 """`trackrec serve` as a process: ready, what it says, and its end."""
 
+import contextlib
+import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +28,6 @@ from trackrec import storage
 from trackrec.config import EncodeSettings
 from trackrec.fetch import fetch
 from trackrec.serving import repository, server, version
-from trackrec.serving.local import FEATURES_ENV
 
 
 class _None(BaseModel):
@@ -53,8 +58,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Served:
     """The command under way, and the lines it has printed."""
 
-    def __init__(self, *arguments: str) -> None:
-        self.ports = [free_address().rpartition(":")[2] for _ in range(3)]
+    def __init__(self, *arguments: str, ports: Sequence[str] = ()) -> None:
+        self.ports = list(ports) or [free_address().rpartition(":")[2] for _ in range(3)]
         names = ("--port", "--http-port", "--metrics-port")
         options = [part for name, port in zip(names, self.ports, strict=True) for part in (name, port)]
         command = [str(Path(sys.executable).with_name("trackrec")), "serve", *arguments, *options]
@@ -110,10 +115,16 @@ def test_it_says_what_it_serves_and_where_and_drains_at_the_end(served: Served, 
     assert f"gRPC 127.0.0.1:{grpc}, HTTP 127.0.0.1:{http}" in told and "no generator: the test has none" in told
     process = process_of(served.process.pid)
     # Its working folder is the repository, and the path was meant from here.
-    assert f"{FEATURES_ENV}={Path('runs/features').resolve()}" in (process / "environ").read_text().split("\0")
+    assert f"{server.FEATURES_ENV}={Path('runs/features').resolve()}" in (process / "environ").read_text().split("\0")
     prefix = (process / "cmdline").read_text().partition("shm-region-prefix-name=")[2].partition("\0")[0]
     assert list(Path("/dev/shm").glob(f"{prefix}*"))
+    # A web page's request, which would run its code.
+    load = urllib.request.Request(f"http://127.0.0.1:{http}/v2/repository/models/theirs/load", data=b"{}")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(load, timeout=10)
     with triton.InferenceServerClient(f"127.0.0.1:{grpc}") as client:
+        # The batch job loads a dead model anew.
+        assert [model.name for model in client.get_model_repository_index().models] == ["encoder"]
         # Two of these are more than a batch: the second waits for the first, the third for both.
         given = triton.InferInput("text", [20, 1], "BYTES")
         given.set_data_from_numpy(np.array([[b"quiet films about the sea " * 12]] * 20, dtype=object))
@@ -134,6 +145,84 @@ def test_it_says_what_it_serves_and_where_and_drains_at_the_end(served: Served, 
     assert not list(Path("/dev/shm").glob(f"{prefix}*"))
 
 
+class Other(BaseHTTPRequestHandler):
+    """A Triton server that is ready, of someone else."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"name": "triton"}')
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_where_another_server_has_the_port_nothing_is_started(published: Path) -> None:
+    with serving(Other) as port:
+        free = free_address().rpartition(":")[2]
+        log = Path(tempfile.gettempdir()) / f"trackrec-serve-{os.getuid()}-{free}.log"
+        log.write_text("the other's")
+        try:
+            told = failed("--repository", str(published), ports=(free, port, free_address().rpartition(":")[2]))
+            assert f"port {port} of 127.0.0.1 cannot be had (Address already in use)" in told and "loading" not in told
+            assert log.read_text() == "the other's"
+        finally:
+            log.unlink()
+
+
+def test_another_servers_answer_is_not_its_own(tmp_path: Path) -> None:
+    """One that has taken the port since it was found free."""
+    (tmp_path / "log").write_text("address already in use")
+    with serving(Other) as port, subprocess.Popen(["sleep", "60"]) as process:
+        one = server.Server(process, "", f"127.0.0.1:{port}", "", tmp_path / "log", "own-", contextlib.ExitStack())
+        assert not one.ready()
+        one.shm_prefix = "triton"
+        assert one.ready()
+        process.kill()
+        process.wait()
+        assert not one.ready()
+        with pytest.raises(server.ServerError, match=r"ended; the end of (?s:.*)already in use"):
+            one.wait_ready(5)
+
+
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Its port."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as found:
+        thread = threading.Thread(target=found.serve_forever)
+        thread.start()
+        try:
+            yield str(found.server_port)
+        finally:
+            found.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(("address", "local"), [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)])
+def test_models_are_loaded_by_nobody_or_by_this_machines_grpc_clients(address: str, local: bool) -> None:
+    http, grpc = server._closed(address)
+    assert re.fullmatch("--http-restricted-api=model-repository,shared-memory,trace,logging:key=[0-9a-f]{32}", http)
+    assert grpc.startswith("--grpc-restricted-protocol=") and "shared-memory,trace,logging:key=" in grpc
+    assert ("model-repository" not in grpc) == local
+
+
+@pytest.mark.parametrize("given", [{}, {server.FEATURES_ENV: "/own"}])
+def test_the_shells_feature_table_is_not_served(
+    given: dict[str, str], published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(server.FEATURES_ENV, "/of/another/server")
+    running = server.start(published, tmp_path / "log", environment=given, outlives=False)
+    try:
+        end = time.monotonic() + 10
+        # Empty while the process becomes the server.
+        while not (variables := Path(f"/proc/{running.process.pid}/environ").read_text()):
+            assert time.monotonic() < end
+    finally:
+        running.kill()
+    found = [each for each in variables.split("\0") if each.startswith(f"{server.FEATURES_ENV}=")]
+    assert found == [f"{name}={value}" for name, value in given.items()]
+
+
 def test_ctrl_c_while_it_loads_ends_it(served: Served) -> None:
     served.wait_for("loading version")
     served.process.send_signal(signal.SIGINT)
@@ -152,8 +241,8 @@ def test_a_killed_command_takes_its_server_with_it(served: Served) -> None:
         time.sleep(0.1)
 
 
-def failed(*arguments: str) -> str:
-    one = Served(*arguments)
+def failed(*arguments: str, ports: Sequence[str] = ()) -> str:
+    one = Served(*arguments, ports=ports)
     assert one.ended() == 1
     return " ".join("".join(one.lines).split())
 

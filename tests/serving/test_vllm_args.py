@@ -24,9 +24,18 @@ def test_sampling_parameters() -> None:
     assert SamplingParameters.read('{"stop": ["a", "b"]}').stop == ("a", "b")
 
 
+def test_a_sampling_parameter_at_vllms_default_asks_for_nothing() -> None:
+    given = {"n": 1, "presence_penalty": 0.0, "min_p": 0, "logprobs": None, "skip_special_tokens": True, "top_k": 3}
+    assert SamplingParameters.read(json.dumps(given)) == Sampling(top_k=3)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ('{"n": 2, "min_p": 0}', r"sampling_parameters: 'n' is not supported"),
+        ('{"presence_penalty": 0.1}', "'presence_penalty' is not supported"),
+        ('{"skip_special_tokens": false}', "'skip_special_tokens' is not supported"),
+        ('{"logprobs": 0}', "'logprobs' is not supported"),
         ('{"best_of": 2}', r"'best_of' is not supported .* temperature, top_p"),
         ('{"temperature": -1}', "temperature: .* greater than or equal to 0"),
         ('{"temperature": NaN}', "temperature: .* finite"),

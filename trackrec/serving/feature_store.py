@@ -12,8 +12,8 @@ from trackrec.features.table import SUCCESS, date_folder, date_of
 from trackrec.serving import feature_table
 from trackrec.serving.contract import RankerContract
 from trackrec.serving.feature_table import FeatureTable
-from trackrec.serving.local import FEATURES_ENV
 from trackrec.serving.scorer import Scorer
+from trackrec.serving.server import FEATURES_ENV
 
 # Where the feature table's arrays are kept, and how often a new date is looked for.
 CACHE_ENV, SECONDS_ENV = "TRACKREC_FEATURES_CACHE", "TRACKREC_FEATURES_SECONDS"

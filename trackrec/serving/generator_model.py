@@ -75,6 +75,6 @@ class TritonPythonModel:
         self._generation.close()
 
     def _unload(self, error: BaseException) -> None:
-        """Takes this model out of service: the server answers that it is not ready, which a probe sees."""
+        """Takes this model out of service: it is not ready any more, which a probe of the model sees."""
         pb.Logger.log_error(f"the engine of {self._name} failed ({error}); the model is unloaded")
         pb.unload_model(self._name)

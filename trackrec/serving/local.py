@@ -11,8 +11,6 @@ from types import FrameType
 from trackrec import storage
 from trackrec.serving import server, version
 
-# Where the rankers find the feature table.
-FEATURES_ENV = "TRACKREC_FEATURES"
 _LOOK_SECONDS = 0.5
 
 
@@ -35,7 +33,7 @@ def serve(
 
     Raises:
         NotPublishedError, CorruptError: the repository is none, or differs from its checksums.
-        ServerError: no server is installed, it does not load the models, or it ended by itself.
+        ServerError: no server is installed, a port is in use, it does not load the models, or it ended by itself.
     """
     repository = repository.resolve()
     served = version.read(repository)
@@ -43,6 +41,8 @@ def serve(
     if features is not None and not storage.is_remote(features):
         # The server's working folder is the repository.
         features = str(Path(features).resolve())
+    # Before the log is touched: it may be that of the server which has the ports.
+    server.check_free(address, ports)
     # Each of a machine's users has a file of their own.
     log = Path(tempfile.gettempdir()) / f"trackrec-serve-{os.getuid()}-{ports[0]}.log"
     ended = threading.Event()
@@ -52,7 +52,7 @@ def serve(
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        environment = {} if features is None else {FEATURES_ENV: features}
+        environment = {} if features is None else {server.FEATURES_ENV: features}
         running = server.start(repository, log, address=address, ports=ports, environment=environment, outlives=False)
         try:
             say(f"loading version {served.version} of the run {served.run}; the server's log is {log}")
@@ -76,10 +76,10 @@ def _ready(running: server.Server, seconds: float, ended: threading.Event) -> bo
     """Waits for it; False where it is to end before that."""
     waited = 0.0
     while not ended.is_set():
-        if running.ready():
-            return True
         if running.process.poll() is not None or waited >= seconds:
             running.wait_ready(0)
+        if running.ready():
+            return True
         ended.wait(_LOOK_SECONDS)
         waited += _LOOK_SECONDS
     return False

@@ -102,7 +102,7 @@ def write_generator(
     config.model_transaction_policy.decoupled = True
     # The engine takes the devices that it needs.
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_MODEL)
-    # A broken engine then unloads its model, so that the server is not ready any more.
+    # A broken engine then unloads its model, which is not ready any more; the server is.
     config.parameters["ENABLE_VLLM_HEALTH_CHECK"].string_value = "true"
     # How many prompts wait is the backend's own metric: an autoscaler reads it.
     config.parameters["REPORT_CUSTOM_METRICS"].string_value = "true"

@@ -6,6 +6,7 @@ backend of the same name and contract over transformers, serves the same reposit
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import secrets
@@ -15,15 +16,17 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO
 
 # Where NVIDIA's images have it.
 INSTALLED = Path("/opt/tritonserver")
+# Where the rankers find the feature table.
+FEATURES_ENV = "TRACKREC_FEATURES"
 # Names another environment with the wheel in it.
 ENV = "TRACKREC_TRITON"
 _BACKENDS = Path(__file__).parent / "backends"
@@ -56,16 +59,23 @@ class Server:
     http: str
     metrics: str
     log: Path
+    # Its own, and what it calls itself, too.
     shm_prefix: str
     # What lives as long as the server.
     scratch: contextlib.ExitStack = field(repr=False)
 
     def ready(self) -> bool:
-        """Whether every model is loaded and answers."""
+        """Whether it runs and has loaded its models. One that is unloaded later changes nothing: ask the model."""
+        if self.process.poll() is not None:
+            return False
         try:
+            with urllib.request.urlopen(f"http://{self.http}/v2", timeout=5) as answer:
+                # Another server that has the port would answer for this one.
+                if f'"{self.shm_prefix}"'.encode() not in answer.read():
+                    return False
             with urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=5):
                 return True
-        except (urllib.error.URLError, OSError):
+        except (OSError, HTTPException):
             return False
 
     def wait_ready(self, seconds: float) -> None:
@@ -115,7 +125,7 @@ def start(
         log: what the server writes; replaced.
         models: those to load; all by default.
         ports: gRPC, HTTP and metrics; free ones by default.
-        environment: further variables of the server and its models.
+        environment: further variables of the server and its models; the feature table is inherited from nobody.
         outlives: it stays if this process is killed; else it ends as by `stop`, also when the calling thread ends.
 
     Raises:
@@ -130,13 +140,16 @@ def start(
         command += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in models or ["*"])]
         command += [f"--{kind}-address={address}" for kind in ("grpc", "http", "metrics")]
         command += [f"--grpc-port={grpc}", f"--http-port={http}", f"--metrics-port={metrics}"]
-        command += [f"--backend-config=python,shm-region-prefix-name={prefix}"]
+        command += _closed(address)
+        command += [f"--id={prefix}", f"--backend-config=python,shm-region-prefix-name={prefix}"]
         command += [f"--exit-timeout-secs={EXIT_SECONDS}"]
+        # A shell's own, set for another server, would be served here.
+        inherited = {name: value for name, value in os.environ.items() if name != FEATURES_ENV}
         out: IO[bytes] = scratch.enter_context(log.open("wb"))
         process = subprocess.Popen(
             [*([] if outlives else _TIED), *(part for part in command if part)],
             cwd=repository,
-            env={**_SHARED, **os.environ, **variables, **(environment or {})},
+            env={**_SHARED, **inherited, **variables, **(environment or {})},
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -172,6 +185,38 @@ def check_installed() -> None:
     """
     if not (INSTALLED / "bin/tritonserver").is_file():
         _environment()
+
+
+def check_free(address: str, ports: Sequence[int]) -> None:
+    """
+    Raises:
+        ServerError: one cannot be had.
+    """
+    for port in ports:
+        with socket.socket() as tried:
+            # As the server binds it: connections of an earlier one that are still being closed do not count.
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind((address, port))
+            except OSError as error:
+                raise ServerError(
+                    f"port {port} of {address} cannot be had ({error.strerror}): end what has it, or give other ports"
+                ) from error
+
+
+def _closed(address: str) -> list[str]:
+    """Options that close what runs a caller's code, maps memory or writes files: it takes a key that nobody has.
+
+    HTTP's doors are closed everywhere, since a web page in a browser on this machine reaches them. No page speaks gRPC:
+    on this machine alone its clients may load models, as the batch job does with one whose process has died.
+    """
+    key = secrets.token_hex(16)
+    doors = "shared-memory,trace,logging"
+    local = all(ipaddress.ip_address(found[4][0]).is_loopback for found in socket.getaddrinfo(address, None))
+    return [
+        f"--http-restricted-api=model-repository,{doors}:key={key}",
+        f"--grpc-restricted-protocol={'' if local else 'model-repository,'}{doors}:key={key}",
+    ]
 
 
 def _installation(scratch: Path) -> tuple[list[str], dict[str, str]]:

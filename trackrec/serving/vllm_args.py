@@ -1,7 +1,8 @@
 """What a generator of the backend `vllm` is told, checked: `model.json`, and a request's `sampling_parameters`.
 
-Both are vLLM's, by name and default. What this backend cannot do is refused by name; nothing is passed over silently
-but what concerns a GPU alone.
+The names are vLLM's, and so are the defaults, but those of the engine's limits, which suit a CPU. What this backend
+cannot do is refused by name; nothing is passed over silently but what concerns a GPU alone, and a sampling parameter at
+the default, which asks for nothing.
 """
 
 import json
@@ -24,6 +25,26 @@ _GPU_ONLY = frozenset((
     "max_parallel_loading_workers", "pipeline_parallel_size", "seed", "swap_space", "tensor_parallel_size",
 ))
 # fmt: on
+# Sampling parameters that are not supported, at vLLM's defaults.
+_UNUSED: dict[str, Any] = {
+    "n": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "min_p": 0,
+    "stop_token_ids": None,
+    "bad_words": None,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "logprobs": None,
+    "prompt_logprobs": None,
+    "truncate_prompt_tokens": None,
+    "structured_outputs": None,
+    "guided_decoding": None,
+    "include_stop_str_in_output": False,
+    "detokenize": True,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+}
 
 
 class ArgumentError(ValueError):
@@ -126,8 +147,12 @@ class SamplingParameters(_Arguments):
         Raises:
             ArgumentError: it is no JSON object, or has a parameter that this backend does not support.
         """
-        given = _checked(cls, _object(text or "{}", "sampling_parameters"), "sampling_parameters")
-        fields = given.model_dump()
+        asked = {
+            name: value
+            for name, value in _object(text or "{}", "sampling_parameters").items()
+            if name not in _UNUSED or value != _UNUSED[name]
+        }
+        fields = _checked(cls, asked, "sampling_parameters").model_dump()
         return Sampling(lora=fields.pop("lora_name"), **fields)
 
 
