@@ -141,7 +141,8 @@ def features(
     triton: Annotated[str, typer.Option(metavar="HOST:PORT", help="The gRPC endpoint that serves the generator.")],
     out: Annotated[str, typer.Option(help="Where the feature table lies: gs://BUCKET/PATH, or a folder.")],
     dt: Annotated[
-        str | None, typer.Option(metavar="YYYY-MM-DD", help="The date to write; today (UTC) if left out.")
+        str | None,
+        typer.Option(metavar="YYYY-MM-DD", help="The date to write; the users' own (`as_of`) if left out."),
     ] = None,
     set_: Annotated[
         list[str] | None,

@@ -5,21 +5,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.features import made
 from tests.features.conftest import WIDTH, Fake, rows, run
+from tests.features.proxy import proxy
 from tests.serving import fakes
 from trackrec.config import DecodingSettings
 from trackrec.features import job, recovery, table
 from trackrec.features.commit import commit
-from trackrec.features.recovery import ServerLostError
+from trackrec.features.recovery import OtherModelsError, ServerLostError
 from trackrec.serving import repository, server
 from trackrec.serving_config import ExportSettings
 from trackrec.shards import Shard
@@ -55,24 +55,26 @@ def users(tmp_path: Path) -> Path:
     return made.write(tmp_path / "users.parquet", [made.user(number) for number in range(USERS)])
 
 
-def when_asked(fake: Fake, prompts: int, do: Callable[[], None]) -> threading.Thread:
+def when_asked(fake: Fake, prompts: int, do: Callable[[], None]) -> Future[None]:
     """Does something once so many prompts have come to the generator."""
     return when(lambda: fake.log.exists() and len(fake.log.read_bytes()) >= 65 * prompts, do)
 
 
-def when(so: Callable[[], bool], do: Callable[[], None]) -> threading.Thread:
+def when(so: Callable[[], bool], do: Callable[[], None]) -> Future[None]:
+    """Its result says whether it has come about."""
     until = time.monotonic() + 60
 
     def wait() -> None:
         while not so():
-            if time.monotonic() > until:  # the job has ended; what the test expects of it has not come about
-                break
+            assert time.monotonic() < until, "it was not disturbed: the job had ended before"
             time.sleep(0.01)
         do()
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(wait)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def restart(fake: Fake) -> None:
@@ -105,16 +107,19 @@ def test_the_server_is_killed_and_comes_back(fake: Fake, slow: Fake, users: Path
 
     killer = when_asked(slow, 90, kill)
     run(slow.settings(), users, tmp_path / "out", DT)
-    killer.join()
+    killer.result()
     assert rows(tmp_path / "out", DT).equals(expected(fake, users, tmp_path))
     assert USERS < len(slow.asked()) <= USERS + CONCURRENCY + 10  # and small requests that look whether it is well
 
 
 @pytest.mark.parametrize("model", ["generator", "encoder"])
-def test_a_models_process_is_killed(model: str, fake: Fake, slow: Fake, users: Path, tmp_path: Path) -> None:
+def test_a_models_process_is_killed(
+    model: str, fake: Fake, slow: Fake, users: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     killer = when_asked(slow, 90, lambda: kill_model(slow, model))
     run(slow.settings(), users, tmp_path / "out", DT)
-    killer.join()
+    killer.result()
+    assert f"is lost ({model}: " in caplog.text
     assert rows(tmp_path / "out", DT).equals(expected(fake, users, tmp_path))
     assert len(slow.asked()) <= USERS + CONCURRENCY + 10
 
@@ -126,7 +131,7 @@ def test_pods_do_not_unload_what_another_has_loaded(fake: Fake, slow: Fake, user
     with ThreadPoolExecutor(4) as pool:
         pods = [pool.submit(job.run_shards, settings, users, out, DT, Shard(number, 4)) for number in range(4)]
         assert sum(pod.result().rows for pod in pods) == USERS
-    killer.join()
+    killer.result()
     commit(settings, out, DT)
     assert rows(tmp_path / "out", DT).equals(expected(fake, users, tmp_path))
     # At the start, and by each pod once at most: they are not at it against one another.
@@ -158,7 +163,7 @@ def test_the_process_of_the_backend_vllm_is_killed(
         run(settings, users, tmp_path / "quiet", DT)
         killer = when(first.exists, lambda: kill_model(fake, "generator"))
         done = run(settings, users, tmp_path / "out", DT)
-        killer.join()
+        killer.result()
     assert "is lost (generator: " in caplog.text
     assert done.status == {"ok": 60}
     assert rows(tmp_path / "out", DT).equals(rows(tmp_path / "quiet", DT))
@@ -171,7 +176,7 @@ def test_a_server_that_stays_away_ends_the_job_and_nothing_is_lost(
     settings = slow.settings(deadline_s=2)
     with pytest.raises(ServerLostError, match="run the same command again"):
         job.run_shards(settings, users, str(tmp_path / "out"), DT)
-    killer.join()
+    killer.result()
     restart(slow)
     slow.server.wait_ready(60)
     done = job.run_shards(settings, users, str(tmp_path / "out"), DT)
@@ -188,7 +193,7 @@ def test_the_job_is_killed_and_run_again(fake: Fake, slow: Fake, users: Path, tm
     command += [f"--out={tmp_path / 'out'}", f"--dt={DT}", *given]
     for prompts in (40, 130):
         process = subprocess.Popen(command)
-        when_asked(slow, prompts, process.kill).join()
+        when_asked(slow, prompts, process.kill).result()
         assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out" / f"dt={DT}/_SUCCESS").exists()
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -213,6 +218,37 @@ def test_another_model_after_a_restart_ends_the_job(slow: Fake, users: Path, tmp
         restart(slow)
 
     killer = when_asked(slow, 90, change)
-    with pytest.raises(ServerLostError, match="now serves other models"):
+    with pytest.raises(OtherModelsError, match="now serves other models"):
         job.run_shards(slow.settings(), users, str(tmp_path / "out"), DT)
-    killer.join()
+    killer.result()
+
+
+def test_the_connection_moves_to_another_server_of_the_same_models(
+    fake: Fake, slow: Fake, users: Path, tmp_path: Path
+) -> None:
+    quiet = expected(fake, users, tmp_path)
+    with proxy(slow.server.grpc) as service:
+        mover = when_asked(slow, 90, lambda: service.lead(fake.server.grpc))
+        done = run(slow.settings(triton=service.address, retries=1), users, tmp_path / "out", DT)
+    mover.result()
+    assert done.status == {"ok": USERS}
+    assert rows(tmp_path / "out", DT).equals(quiet)
+    assert len(slow.asked()) < USERS
+
+
+@pytest.mark.parametrize("other", ["generator", "encoder"])
+def test_the_connection_moves_to_a_server_of_another_version(
+    other: str, slow: Fake, users: Path, tmp_path: Path, work: Path
+) -> None:
+    """It answers at once, and has answered more than the first: nothing fails."""
+    folder, changed = tmp_path / "other", {other: {"model_version": "2"}}
+    folder.mkdir()
+    with server.running(fakes.repository(folder / "repository", width=WIDTH, **changed), folder / "log") as second:
+        run(slow.settings(triton=second.grpc), users, folder / "out", DT)
+        with proxy(slow.server.grpc) as service:
+            mover = when_asked(slow, 90, lambda: service.lead(second.grpc))
+            with pytest.raises(OtherModelsError, match="now serves other models"):
+                job.run_shards(slow.settings(triton=service.address), users, str(tmp_path / "out"), DT)
+        mover.result()
+    assert len(list((tmp_path / "out").rglob("part.parquet"))) <= 1
+    assert not list((work / "features").iterdir())

@@ -12,7 +12,7 @@ import pytest
 from tests import gcs
 from tests.features import made
 from tests.features.conftest import WIDTH, Fake, rows, run
-from trackrec.features import job, partition, table
+from trackrec.features import command, job, partition, table
 from trackrec.features.commit import CommitError, commit
 from trackrec.features.partition import Place
 from trackrec.features.shard import unfinished
@@ -90,6 +90,13 @@ def test_a_bad_user_gets_a_status_and_the_others_their_recots(fake: Fake, tmp_pa
     assert partition.read_manifest(Place(str(tmp_path / "out")), DT).status == dict(done.status)
 
 
+def test_an_empty_recot_has_a_vector_as_in_training(fake: Fake, tmp_path: Path) -> None:
+    path = made.write(tmp_path / "users.parquet", [made.user(0, "(silent)"), made.user(1)])
+    assert run(fake.settings(), path, tmp_path / "out").status == {"ok": 2}
+    silent = rows(tmp_path / "out", DT).to_pylist()[0]
+    assert silent["recot"] == "" and silent["recot_tokens"] == 0 and len(silent["embedding"]) == WIDTH
+
+
 def test_a_whole_shard_of_another_domain_stops_nothing(fake: Fake, tmp_path: Path) -> None:
     users = [made.user(number, domain="movies" if number < 50 else "books") for number in range(70)]
     done = run(fake.settings(), made.write(tmp_path / "users.parquet", users), tmp_path / "out")
@@ -155,6 +162,24 @@ def test_unchanged_users_are_copied_from_the_newest_committed_date(fake: Fake, t
     assert done.copied == 0
 
 
+def test_of_an_earlier_date_that_cannot_be_read_nothing_is_copied(fake: Fake, tmp_path: Path) -> None:
+    settings, out = fake.settings(), tmp_path / "out"
+    path = made.write(tmp_path / "users.parquet", [made.user(number) for number in range(60)])
+    run(settings, path, out, "2026-11-26")
+    (out / "dt=2026-11-26" / table.shard_path(1)).unlink()
+    (out / "dt=2026-11-26" / table.shard_path(0)).write_bytes(b"not Parquet")
+    assert run(settings, path, out, "2026-11-27").generated == 60
+    (out / "dt=2026-11-27/_manifest.json").unlink()
+    assert run(settings, path, out, "2026-11-28").generated == 60
+
+
+def test_without_a_date_the_users_own_is_written_whenever_the_command_is_run(fake: Fake, tmp_path: Path) -> None:
+    path = made.write(tmp_path / "users.parquet", [made.user(number) for number in range(3)])
+    given = {"triton": fake.server.grpc, "out": str(tmp_path / "out")}
+    assert "dt=1970-01-12: 3 users" in command.run(path, given, None)
+    assert "dt=2026-11-28: 3 users" in command.run(path, given, "2026-11-28")
+
+
 def test_pods_share_the_shards_and_one_commits(fake: Fake, tmp_path: Path) -> None:
     settings, out = fake.settings(), str(tmp_path / "out")
     path = made.write(tmp_path / "users.parquet", [made.user(number) for number in range(230)], row_group=40)
@@ -188,12 +213,17 @@ def test_what_pods_keep_until_they_end_is_deleted_and_anothers_is_not(fake: Fake
     kept = job.work_folder(done.identity, Place(out))
     kept.mkdir()
     left, others = (unfinished(kept, number) for number in (0, 1))
+    written = tmp_path / "out" / f"dt={DT}" / table.shard_path(1)
+    written.parent.mkdir()
+    half = written.with_name(f".{written.name}-123")
+    half.touch()
     for file in (*left, *others):
         file.touch()
     assert job.run_shards(settings, path, out, DT, Shard(0, 2)).skipped == 2
     assert sorted(kept.iterdir()) == sorted(others)
     job.run_shards(settings, path, out, DT, Shard(1, 2))
     assert not list((work / "features").iterdir())
+    assert written.exists() and not half.exists()
 
 
 def test_a_bucket_holds_the_same_as_a_folder(fake: Fake, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from tests.features.conftest import Fake
 from trackrec import storage
 from trackrec.data import schema
 from trackrec.features import job
-from trackrec.features.users import UsersError, open_users
+from trackrec.features.users import UsersError, day, open_users
 from trackrec.serving_config import ActiveUsersSettings
 from trackrec.shards import WHOLE, Shard
 
@@ -68,6 +69,26 @@ def test_several_processes_sort_a_table_once(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(opened, range(4))) == [names(range(1000))] * 4
+
+
+def test_sorted_copies_do_not_pile_up(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    for name, count in (("old", 3), ("recent", 4), ("new", 5)):
+        path = made.write(tmp_path / f"{name}.parquet", [made.user(number) for number in reversed(range(count))])
+        (copy,) = open_users(path, work).files
+        if name == "old":
+            for file in work.iterdir():
+                os.utime(file, (0, 0))
+    assert copy.exists()
+    assert len([file for file in work.iterdir() if file.suffix == ".parquet"]) == 2
+
+
+def test_the_day_is_the_users_own(tmp_path: Path) -> None:
+    rows = [made.user(0), made.user(1) | {"as_of": made.AS_OF + 86_400}]
+    assert day(made.write(tmp_path / "users.parquet", rows[:1])) == "1970-01-12"
+    assert day(made.write(tmp_path / "users.parquet", rows)) == "1970-01-13"
+    with pytest.raises(UsersError, match="--dt"):
+        day(made.write(tmp_path / "none.parquet", [made.user(0) | {"as_of": None}]))
 
 
 @pytest.mark.parametrize("numbers", [[1, 2, 2, 3], [3, 2, 1, 2]])

@@ -15,7 +15,7 @@ from trackrec.serving import repository, server
 from trackrec.serving.contract import EncoderContract
 
 LONG = "quiet films about the sea, " * 200
-TEXTS = ["Likes war.", LONG, "Avoids love stories; prefers the sea.", "Ürün — 電影"]
+TEXTS = ["Likes war.", LONG, "Avoids love stories; prefers the sea.", "Ürün — 電影", "", " \n"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def directly(own: TextEncoder, texts: list[str]) -> np.ndarray:
 
 
 def test_the_vectors_are_those_of_the_stage_encode(client: triton.InferenceServerClient, own: TextEncoder) -> None:
-    """A text longer than the encoder reads is cut as there; its whole length is told."""
+    """A text longer than the encoder reads is cut as there; its whole length is told. An empty one is no failure."""
     vectors, counts = asked(client, [text.encode() for text in TEXTS])
     np.testing.assert_allclose(vectors, directly(own, TEXTS), atol=1e-5)
     assert counts == [len(ids) for ids in own.token_ids(TEXTS)]
@@ -65,15 +65,12 @@ def test_its_contract(client: triton.InferenceServerClient, own: TextEncoder) ->
     assert (contract.width, contract.limit, contract.pooling) == (own.width, own.limit, "mean")
 
 
-@pytest.mark.parametrize("bad", [b"", b" \n", b"\xff"])
-def test_a_bad_text_fails_its_own_request_alone(
-    client: triton.InferenceServerClient, own: TextEncoder, bad: bytes
-) -> None:
+def test_a_bad_text_fails_its_own_request_alone(client: triton.InferenceServerClient, own: TextEncoder) -> None:
     """With others under way at once, which the server puts into the same batches."""
 
     def ask(number: int) -> np.ndarray | InferenceServerException:
         try:
-            return asked(client, [b"A fine text.", bad] if number % 4 == 0 else [TEXTS[0].encode()])[0]
+            return asked(client, [b"A fine text.", b"\xff"] if number % 4 == 0 else [TEXTS[0].encode()])[0]
         except InferenceServerException as error:
             return error
 
@@ -85,7 +82,7 @@ def test_a_bad_text_fails_its_own_request_alone(
     for number, answer in enumerate(answers):
         if number % 4 == 0:
             assert isinstance(answer, InferenceServerException)
-            assert ("utf-8" if bad == b"\xff" else "`text` is empty") in str(answer)
+            assert "utf-8" in str(answer)
         else:
             assert isinstance(answer, np.ndarray)
             np.testing.assert_allclose(answer[0], expected, atol=1e-5)

@@ -70,6 +70,8 @@ class Triton:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        # Grows whenever the connection comes or goes: behind one number there is one server.
+        self.connection = 0
         self._streams: list[_Stream] = []
         self._turn = itertools.count()
         self._calls: set[asyncio.Task[Any]] = set()
@@ -77,11 +79,20 @@ class Triton:
     async def __aenter__(self) -> Self:
         self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._counter = asyncio.create_task(self._count_connections())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.abort()
+        self._counter.cancel()
         await self._channel.close()
+
+    async def _count_connections(self) -> None:
+        # gRPC connects again by itself, to whichever server the address leads to then. It reports the change before any
+        # answer that comes over the new connection.
+        while True:
+            await self._channel.wait_for_state_change(self._channel.get_state())
+            self.connection += 1
 
     def abort(self) -> None:
         """Ends all requests under way with a TroubleError: no answer will come from a model that is gone."""

@@ -1,6 +1,5 @@
 """`trackrec features`: the job and its commit in one process, and what came of it in a few lines."""
 
-import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from trackrec.features.commit import commit
 from trackrec.features.job import run_shards
 from trackrec.features.table import Manifest, date_folder
+from trackrec.features.users import day
 from trackrec.serving_config import FeaturesSettings
 
 
@@ -15,7 +15,7 @@ def run(users: Path, given: Mapping[str, Any], dt: str | None) -> str:
     """
     Args:
         given: fields of `FeaturesSettings`, `out` among them.
-        dt: today (UTC) without one.
+        dt: the users' own day without one, whenever the job is run (again).
 
     Raises:
         pydantic.ValidationError: of `given`.
@@ -23,7 +23,7 @@ def run(users: Path, given: Mapping[str, Any], dt: str | None) -> str:
     """
     settings = FeaturesSettings.model_validate(given, strict=True)
     out = given["out"]
-    dt = dt or datetime.datetime.now(datetime.UTC).date().isoformat()
+    dt = dt or day(users)
     done = run_shards(settings, users, out, dt)
     manifest = commit(settings, out, dt, done.identity.users)
     return summary(f"{out.rstrip('/')}/{date_folder(dt)}", manifest)

@@ -1,6 +1,10 @@
-"""The newest earlier date's rows, from which unchanged users are copied instead of generated again."""
+"""The newest earlier date's rows, from which unchanged users are copied instead of generated again.
 
-from collections.abc import Mapping
+That is only a saving: of a date that cannot be read, as when a file of it was deleted, nothing is copied.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +14,10 @@ import pyarrow.parquet as pq
 
 from trackrec.features import partition
 from trackrec.features.partition import Place
-from trackrec.features.table import Identity, Manifest, date_folder
+from trackrec.features.table import Identity, Manifest, ShardEntry, date_folder
+from trackrec.storage import CorruptError
+
+log = logging.getLogger(__name__)
 
 _COLUMNS = ["user_id", "recot", "embedding", "prompt_hash", "prompt_tokens", "recot_tokens", "finish_reason"]
 _ROWS_AT_ONCE = 4096
@@ -26,30 +33,40 @@ class Earlier:
     def rows(self, user_ids: pa.Array) -> pa.Table:
         """The rows "ok" of these users, who ascend; of the files, only those that may hold one are read."""
         first, last = user_ids[0].as_py(), user_ids[-1].as_py()
-        found = []
+        found: list[pa.Table] = []
         for shard in self.manifest.shards:
             if shard.last_user < first or shard.first_user > last:
                 continue
-            filesystem, path = self.place.arrow(shard.path)
-            with filesystem.open_input_file(path) as source, pq.ParquetFile(source, pre_buffer=False) as file:
-                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[*_COLUMNS, "status"]):
-                    rows = pa.Table.from_batches([batch])
-                    wanted = pc.and_(
-                        pc.is_in(rows["user_id"], value_set=user_ids), pc.equal(rows["status"], pa.scalar("ok"))
-                    )
-                    if pc.any(wanted).as_py():
-                        found.append(rows.filter(wanted).select(_COLUMNS))
+            try:
+                found += self._rows(shard, user_ids)
+            except (OSError, pa.ArrowInvalid) as error:
+                log.warning("%s/%s cannot be read, so nothing of it is copied: %s", self.place, shard.path, error)
         return pa.concat_tables(found) if found else pa.table({name: [] for name in _COLUMNS})
+
+    def _rows(self, shard: ShardEntry, user_ids: pa.Array) -> Iterator[pa.Table]:
+        filesystem, path = self.place.arrow(shard.path)
+        with filesystem.open_input_file(path) as source, pq.ParquetFile(source, pre_buffer=False) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[*_COLUMNS, "status"]):
+                rows = pa.Table.from_batches([batch])
+                wanted = pc.and_(
+                    pc.is_in(rows["user_id"], value_set=user_ids), pc.equal(rows["status"], pa.scalar("ok"))
+                )
+                if pc.any(wanted).as_py():
+                    yield rows.filter(wanted).select(_COLUMNS)
 
 
 def find(out: Place, identity: Identity) -> Earlier | None:
     """None where no earlier date is committed, or the newest is another model's, whose RecCoTs are none of ours.
 
     Raises:
-        CorruptError, RemoteError: it cannot be read.
+        RemoteError: `out` cannot be read.
     """
     dt = partition.newest(out, before=identity.dt)
-    manifest = partition.read_manifest(out, dt) if dt else None
+    try:
+        manifest = partition.read_manifest(out, dt) if dt else None
+    except CorruptError as error:
+        log.warning("nothing is copied: %s", error)
+        return None
     if dt is None or manifest is None or _models(manifest.identity) != _models(identity):
         return None
     return Earlier(out / date_folder(dt), manifest)

@@ -18,7 +18,7 @@ from trackrec.features import earlier, partition, table, wire
 from trackrec.features.client import Triton
 from trackrec.features.commit import refusal, shard_facts
 from trackrec.features.partition import Place
-from trackrec.features.recovery import Caller
+from trackrec.features.recovery import Caller, OtherModelsError
 from trackrec.features.shard import Job, ShardCounts, unfinished, write_shard
 from trackrec.features.table import Identity
 from trackrec.features.users import Users, open_users
@@ -67,6 +67,7 @@ def run_shards(settings: FeaturesSettings, users: Path, out: str, dt: str, shard
         JournalBusyError: another process works on the same shards.
         RemoteError: `out` cannot be read or written.
         SchemaError, UsersError: the users' table cannot be used.
+        OtherModelsError: Triton serves other models than at the start; its unfinished shards are to be begun anew.
         ServerLostError: Triton is gone and does not come back; nothing that it answered is lost.
     """
     table.date_folder(dt)
@@ -109,7 +110,12 @@ async def _run(settings: FeaturesSettings, users: Users, out: Place, dt: str, sh
                 encoder_batch=settings.encoder_batch,
                 advance=lambda rows: _advance(bar, rows),
             )
-            await _write_all(job, users.blocks(settings.shard_users, shard, skipped), done)
+            try:
+                await _write_all(job, users.blocks(settings.shard_users, shard, skipped), done)
+            except OtherModelsError:
+                # What unfinished shards have may be the others', and must not be gone on with when these are back.
+                _clear(work, own)
+                raise
         _clear(work)
         return done
 

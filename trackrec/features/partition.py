@@ -95,6 +95,8 @@ class Place:
                     written.flush()
                     os.fsync(written.fileno())
                 waiting.replace(target)
+                for left in target.parent.glob(f".{target.name}-*"):  # by a kill
+                    left.unlink(missing_ok=True)
             except BaseException:
                 waiting.unlink(missing_ok=True)
                 raise

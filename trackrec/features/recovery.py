@@ -4,6 +4,12 @@ A failure alone says little: a killed python model answers INTERNAL for ever whi
 requests that were with it are never answered. So on any failure, and when nothing has come for a while, a small request
 of our own asks. If it is answered, the failure is the user's; if not, the server is lost: all that is under way is
 given up, the model is loaded again where the server lets a client do so, and every request goes out once more.
+
+An address may lead to several servers, some of another version, and gRPC connects again by itself. So an answer counts
+only if it came over a connection behind which the models were found to be the job's (`_certain`), and they are looked
+at once more before a shard is published (`same_models`): a server may be given other models while the connection stays.
+What this does not find out: a server that is given other models and the old ones back between two looks, and a proxy
+that spreads the requests of one connection over several servers.
 """
 
 import asyncio
@@ -17,6 +23,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from trackrec.features import wire
 from trackrec.features.client import DeadModelError, RequestError, Triton, TroubleError
+from trackrec.serving.contract import ContractError
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +41,11 @@ T = TypeVar("T")
 
 
 class ServerLostError(RuntimeError):
-    """Triton is gone and does not come back, or serves other models than at the start; the message says what to do."""
+    """Triton is gone and does not come back; the message says what to do."""
+
+
+class OtherModelsError(ServerLostError):
+    """Triton serves other models than at the start: what it answered last may be theirs."""
 
 
 class FailedError(Exception):
@@ -69,6 +80,8 @@ class Caller:
         self._under_way = 0
         # Answers of the generator since it was loaded, when it was looked at last.
         self._served = 0
+        # Over this connection the models were looked at (`Triton.connection`).
+        self._known = -1
         # Of anything, failures too; and of an answer.
         self._last_sign = self._last_answer = time.monotonic()
 
@@ -122,6 +135,20 @@ class Caller:
             raise FailedError(f"no answer within {self._deadline_s:g} s") from error
         raise AssertionError("tenacity returns or raises")
 
+    async def same_models(self) -> None:
+        """
+        Raises:
+            OtherModelsError: what has been answered may be another version's.
+            ServerLostError: see there.
+        """
+        try:
+            await self.call(lambda _: self._look())
+        except FailedError as error:
+            raise ServerLostError(
+                f"Triton at {self.triton.address} does not tell its models' versions ({error}); see that it serves, "
+                "then run the same command again: it goes on with the users that are not done"
+            ) from error
+
     async def _through_losses(
         self, attempt: Callable[[bool], Awaitable[T]], careful: bool, limit: asyncio.Timeout
     ) -> T:
@@ -132,9 +159,10 @@ class Caller:
                 await self._uncounted(self._alone.acquire(), limit)
             try:
                 await self._until_well(limit)
-                return await self._counted(attempt, careful or losses > 0)
+                connection = self._known
+                return await self._certain(attempt, careful or losses > 0)
             except TroubleError as error:
-                if await self._is_well(limit, error):
+                if await self._is_well(limit, error) and connection == self._known:
                     raise
                 # What had been done for it went with the server.
                 limit.reschedule(asyncio.get_running_loop().time() + self._deadline_s)
@@ -142,6 +170,19 @@ class Caller:
                 if suspect:
                     self._alone.release()
         raise FailedError(f"the server was lost with it {self._retries + 1} times")
+
+    async def _certain(self, attempt: Callable[[bool], Awaitable[T]], careful: bool) -> T:
+        """An answer or a refusal of the job's models; of others', maybe, it is trouble."""
+        connection = self._known
+        try:
+            answer = await self._counted(attempt, careful)
+        except (RequestError, wire.AnswerError):
+            if connection == self.triton.connection:
+                raise
+        else:
+            if connection == self.triton.connection:
+                return answer
+        raise TroubleError("the connection was lost, and another server may have answered")
 
     async def _counted(self, attempt: Callable[[bool], Awaitable[T]], careful: bool) -> T:
         if not self._under_way:
@@ -160,8 +201,10 @@ class Caller:
             await self._uncounted(self._well.wait(), limit)
         if self._given_up:
             raise self._given_up
+        if self.triton.connection != self._known:
+            await self._is_well(limit)
 
-    async def _is_well(self, limit: asyncio.Timeout, error: TroubleError) -> bool:
+    async def _is_well(self, limit: asyncio.Timeout, error: TroubleError | None = None) -> bool:
         """Whether the server has been well all along; returns when it is well (again)."""
         if self._given_up:
             raise self._given_up
@@ -195,6 +238,8 @@ class Caller:
         trouble = dead or await self._trouble(_PROBE_SECONDS)
         self._last_sign = time.monotonic()
         if trouble is None or trouble.slow:
+            trouble = await self._unlike_before()
+        if trouble is None:
             return True
         self._well.clear()
         log.warning("Triton at %s is lost (%s: %s); waiting for it", self.triton.address, trouble.model, trouble.why)
@@ -268,6 +313,7 @@ class Caller:
             try:
                 self.generator, self.encoder = await self.triton.contracts()
                 self._served = await self.triton.served(wire.GENERATOR)
+                await self._look()
                 return
             except (TroubleError, RequestError) as error:
                 if time.monotonic() > until:
@@ -279,12 +325,31 @@ class Caller:
 
     async def _unlike_before(self) -> "_Trouble | None":
         try:
-            contracts = await self.triton.contracts()
+            await self._look()
         except (TroubleError, RequestError) as error:  # lost once more
             return _Trouble(wire.GENERATOR, str(error))
-        if contracts != (self.generator, self.encoder):
-            raise ServerLostError(
-                f"Triton at {self.triton.address} now serves other models than when the job began; run it again: all "
-                "RecCoTs of a date are of one version"
-            )
         return None
+
+    async def _look(self) -> None:
+        """Compares the models behind the connection with the job's.
+
+        Raises:
+            OtherModelsError: they are others; from now on every call says so.
+            RequestError, TroubleError: no answer.
+        """
+        while True:
+            connection = self.triton.connection
+            try:
+                same = await self.triton.contracts() == (self.generator, self.encoder)
+            except ContractError:  # another release's
+                same = False
+            if not same:
+                self._given_up = OtherModelsError(
+                    f"Triton at {self.triton.address} now serves other models than when the job began; run it again: "
+                    "all RecCoTs of a date are of one version"
+                )
+                self.triton.abort()
+                raise self._given_up
+            if connection == self.triton.connection:
+                self._known = connection
+                return

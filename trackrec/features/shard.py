@@ -70,7 +70,7 @@ async def write_shard(job: Job, number: int, users: pa.Table, fed: asyncio.Event
 
     Raises:
         JournalBusyError: another process works on this shard.
-        ServerLostError: see there; what the generator answered is kept.
+        OtherModelsError, ServerLostError: see there; what the generator answered is kept.
     """
     path, _ = unfinished(job.work, number)
     async with ShardLog(path) as kept:
@@ -81,6 +81,7 @@ async def write_shard(job: Job, number: int, users: pa.Table, fed: asyncio.Event
                 fed.set()
         except BaseExceptionGroup as group:
             raise _first(group) from group
+        await job.caller.same_models()
         content = await asyncio.to_thread(shard.content)
         status = Counter(content["status"].to_pylist())
         facts = ShardFacts(

@@ -2,8 +2,10 @@
 
 import fcntl
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _TABLE = "users"
 _ROWS_AT_ONCE = 4096
+# Sorted copies are older than any job by then.
+_KEPT_SECONDS = 7 * 86_400
 # Bytes that are read of a column at once. Without a limit a whole row group is held, which may be the whole table.
 _BUFFER = 1 << 20
 
@@ -112,6 +116,27 @@ def open_users(path: Path, work: Path) -> Users:
     return Users(tuple(files), rows, content)
 
 
+def day(path: Path) -> str:
+    """The users' moment's day, UTC, as YYYY-MM-DD; of users of several moments, the last one's.
+
+    Args:
+        path: as of `open_users`.
+
+    Raises:
+        SchemaError, UsersError, CorruptError: as `open_users`.
+    """
+    last: int | None = None
+    for file in _files(path):
+        schema.check(pq.read_schema(file), _TABLE, str(file))
+        with _open(file) as opened:
+            for batch in opened.iter_batches(_ROWS_AT_ONCE * 16, columns=["as_of"]):
+                moment = pc.max(batch.column(0)).as_py()
+                last = moment if last is None or (moment is not None and moment > last) else last
+    if last is None:
+        raise UsersError(f"{path}: no user has a moment `as_of`; name the date to write (--dt)")
+    return datetime.fromtimestamp(last, UTC).date().isoformat()
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
@@ -159,7 +184,10 @@ def _in_order(files: Sequence[Path]) -> bool:
 
 
 def _sorted(files: Sequence[Path], target: Path) -> Path:
-    """A sorted copy, made once for each content."""
+    """A sorted copy, made once for each content: pods of one machine share it, so none can delete it at its end."""
+    for left in target.parent.glob("*users-*.parquet*"):
+        if left.is_file() and time.time() - left.stat().st_mtime > _KEPT_SECONDS:
+            left.unlink(missing_ok=True)
     if target.is_file():
         return target
     try:

@@ -1,8 +1,9 @@
 """A generator of the same contract as vLLM's backend that writes at once: the text follows from the prompt alone.
 
-What a title in the prompt says, it does: see `_ACTIONS`. With `parameters.delay_ms` it answers after so long, with
-`parameters.load_ms` it takes so long to load; with `parameters.log` it writes the hash of each prompt that it is asked
-for into that file, a line each; and "(broken)" fails as long as there is a file of that name with `.broken` added.
+What a title in the prompt says, it does: see `_ACTIONS`; of "(silent)" it writes nothing. With `parameters.delay_ms`
+it answers after so long, with `parameters.load_ms` it takes so long to load; with `parameters.log` it writes the hash
+of each prompt that it is asked for into that file, a line each; and "(broken)" fails as long as there is a file of
+that name with `.broken` added.
 """
 
 import collections
@@ -79,6 +80,8 @@ def answer(sender, prompt, sampling):
             return
     digest = hashlib.sha256(prompt + b"\0" + sampling).hexdigest()
     words = ["likes", *(digest[at : at + 4] for at in range(0, 4 + int(digest[0], 16) * 2, 4))]
+    if b"(silent)" in prompt:
+        words = []
     outputs = [
         pb_utils.Tensor("text_output", np.array([" ".join(words).encode()], dtype=np.object_)),
         pb_utils.Tensor("finish_reason", np.array([b"stop"], dtype=np.object_)),
