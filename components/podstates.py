@@ -17,6 +17,8 @@ _NEVER = {
 }
 # A container that has failed so often fails again: its node or its network had the time to get well.
 _RESTARTS = 3
+# So many pods that ended (evicted, say), and the next would, too.
+_ENDED = 3
 _TAIL = 40
 _EVENTS = 3
 
@@ -34,6 +36,8 @@ class PodStates:
         self.said: dict[str, str] = {}
         # By pod and container: the restarts before it was first looked at, which an earlier try may have waited out.
         self.restarts: dict[tuple[str, str], int] = {}
+        # Those that had ended before the first look: Kubernetes keeps them listed, also of a rollout long ago.
+        self.ended_before: set[str] | None = None
 
     def find(self, selector: str) -> list[Any]:
         """The pods, oldest first.
@@ -47,9 +51,21 @@ class PodStates:
     def look_at(self, pods: list[Any]) -> None:
         """
         Raises:
-            HopelessError: one of them will not become ready; its log's last lines are printed.
+            HopelessError: one of them will not become ready, or too many have ended; their last lines are printed.
         """
+        ended = [pod for pod in pods if has_ended(pod)]
+        if self.ended_before is None:
+            self.ended_before = {pod.metadata.name for pod in ended}
+        ended = [pod for pod in ended if pod.metadata.name not in self.ended_before]
+        for pod in ended:
+            self.say(pod.metadata.name, f"pod {pod.metadata.name}: {_state(pod)}")
+        if len(ended) >= _ENDED:
+            for pod in ended:
+                self.print_tail(pod)
+            raise HopelessError(self.explain(ended))
         for pod in pods:
+            if has_ended(pod):
+                continue
             for status in _statuses(pod):
                 waiting = status.state.waiting if status.state else None
                 failed = status.state.terminated if status.state else None
@@ -113,6 +129,11 @@ class PodStates:
 
 def is_ready(pod: Any) -> bool:
     return any(c.type == "Ready" and c.status == "True" for c in pod.status.conditions or [])
+
+
+def has_ended(pod: Any) -> bool:
+    """Whether it runs no more, and never again: evicted, or its node was shut down. Another takes its place."""
+    return pod.status.phase in ("Failed", "Succeeded")
 
 
 def _statuses(pod: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from kubernetes.client import ApiException, AppsV1Api, CoreV1Api
 
 from components.incluster import TIMEOUT, Cluster, Patience, UnreachableError, in_cluster, refusal, sigterm_as_exit
-from components.podstates import HopelessError, PodStates, is_ready
+from components.podstates import HopelessError, PodStates, has_ended, is_ready
 from trackrec.serving.smoke import SlowError, SmokeError
 from trackrec.serving_config import DeploySettings
 from trackrec.stages.deploy import Roll
@@ -96,8 +96,6 @@ def roller(settings: DeploySettings, run: str) -> Roll:
         OutsideError: this is no pod.
     """
     cluster = in_cluster("the stage `deploy`")
-    if settings.namespace:
-        cluster = Cluster(cluster.api, settings.namespace)
 
     def rolled(name: str, uri: str, smoke: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
         done = roll(cluster, settings.deployment, Version(name, uri), smoke, timeout_s=settings.timeout_s, run=run)
@@ -198,7 +196,8 @@ class _Roll:
                     f"Deployment {self.name} was given version {other.name if other else 'none'} by someone else "
                     f"while {version.name if version else 'none'} was rolled out; it is left as it is"
                 )
-            pods = self._pods(found, version)
+            listed = self._pods(found, version)
+            pods = [pod for pod in listed if not has_ended(pod)]
             ready = [pod for pod in pods if is_ready(pod)]
             if asked is not None:
                 for pod in ready:
@@ -214,22 +213,25 @@ class _Roll:
                     self.name, f"Deployment {self.name}: {len(ready)} of {found.spec.replicas} pods are new"
                 )
             if asked is not None:
-                self._may_go_on(pods, time.monotonic() - since)
+                self._may_go_on(listed, pods, time.monotonic() - since)
             elif time.monotonic() - since > self.timeout_s:
                 raise RolloutError(f"no progress for {self.timeout_s:g} s")
             time.sleep(_POLL_SECONDS)
 
-    def _may_go_on(self, pods: list[Any], waited: float) -> None:
+    def _may_go_on(self, listed: list[Any], pods: list[Any], waited: float) -> None:
         """
+        Args:
+            listed: `pods`, and those that have ended.
+
         Raises:
             RolloutError: a new pod cannot become ready, or none has for too long.
         """
         try:
-            self.states.look_at(pods)
+            self.states.look_at(listed)
         except HopelessError as error:
             raise RolloutError(str(error)) from None
-        # Kubernetes' own ProgressDeadlineExceeded is no verdict: it may be of the rollout before, and stays until there is
-        # progress.
+        # Kubernetes' own ProgressDeadlineExceeded is no verdict: it may be of the rollout before, and stays until the
+        # controller sees progress.
         if waited > self.timeout_s:
             for pod in pods:
                 if not is_ready(pod):
@@ -336,8 +338,8 @@ class _Roll:
         except ApiException as error:
             what = f"Deployment {self.name} in namespace {self.namespace}"
             absent = (
-                f"there is no {what}; apply an overlay that takes manifests/components/triton, or set "
-                "`deploy.deployment` and `deploy.namespace`"
+                f"there is no {what}; apply an overlay that takes manifests/components/triton, or name yours as "
+                "`deploy.deployment` (docs/deploy.md says what it needs)"
             )
             raise RolloutError(refusal(error, verb, what, absent=absent, role="trackrec-deploy")) from None
 

@@ -172,6 +172,9 @@ def test_an_overlay_gives_every_server_a_gpu_of_the_profiles_kind(folder: str) -
     added = {key: float(quota[key]) - float(base[key]) for key in ("requests.nvidia.com/gpu", "requests.cpu")}
     assert added["requests.nvidia.com/gpu"] == pods * gpus
     assert added["requests.cpu"] >= pods * float(served["resources"]["requests"]["cpu"])
+    for key in ("requests.memory", "limits.memory"):
+        held = served["resources"][key.partition(".")[0]]["memory"]
+        assert gib(quota[key]) - gib(base[key]) >= pods * gib(held)
     (limits,) = named(of("base"), "LimitRange", "trackrec")["spec"]["limits"]
     assert gib(served["resources"]["limits"]["memory"]) <= gib(limits["max"]["memory"])
 

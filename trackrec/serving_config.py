@@ -52,9 +52,8 @@ class ExportSettings(Settings):
 class DeploySettings(Settings):
     """The Deployment of manifests/components/triton that a version is rolled out to."""
 
+    # In the namespace of the stage's own pod. The manifests' rights and network policies are for this very name.
     deployment: Text = "trackrec-triton"
-    # Left out: the namespace of the stage's own pod.
-    namespace: Text | None = None
     # Where versions are kept for the server's pods to fetch, each under its own name: gs://… or, on a claim that they
     # mount as well, a folder.
     versions: Text | None = None

@@ -23,7 +23,7 @@ EVENTS = f"/api/v1/namespaces/{NAMESPACE}/events"
 LABELS = {"app.kubernetes.io/name": NAME}
 MIN_READY_SECONDS = 0.3
 
-# What the container's state becomes, by seconds since the pod was made.
+# What the container's state becomes, by seconds since the pod was made; with `pod`, also the pod's.
 Behaviour = Callable[[float], dict[str, Any]]
 
 
@@ -46,6 +46,11 @@ def crashes(age: float) -> dict[str, Any]:
 def unpullable(age: float) -> dict[str, Any]:
     reason = "ErrImagePull" if age < 0.3 else "ImagePullBackOff"
     return {"ready": False, "state": {"waiting": {"reason": reason, "message": "not found"}}, "restartCount": 0}
+
+
+def evicted(age: float) -> dict[str, Any]:
+    pod = {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: ephemeral-storage."}
+    return never(age) | {"pod": pod if age > 0.2 else {}}
 
 
 class DeploymentApi:
@@ -118,10 +123,15 @@ class DeploymentApi:
         return _version(self.deployment["spec"]["template"])
 
     @property
+    def _living(self) -> dict[str, dict[str, Any]]:
+        """Without those that have ended, which stay listed."""
+        return {name: pod for name, pod in self.pods.items() if pod["status"]["phase"] == "Running"}
+
+    @property
     def available(self) -> list[str | None]:
         """The versions of the pods that requests reach."""
         with self.lock:
-            return sorted((_version(pod) for pod in self.pods.values() if self._is_available(pod)), key=str)
+            return sorted((_version(pod) for pod in self._living.values() if self._is_available(pod)), key=str)
 
     @property
     def annotations(self) -> dict[str, str]:
@@ -148,14 +158,14 @@ class DeploymentApi:
 
     def _control(self) -> None:
         """One look of the controller, and of the kubelets."""
-        for pod in self.pods.values():
+        for pod in self._living.values():
             self._live(pod)
         wanted = self.deployment["spec"]["replicas"]
-        new = [name for name, pod in self.pods.items() if _version(pod) == self.serves]
-        old = [name for name in self.pods if name not in new]
-        if len(new) < wanted and len(self.pods) < wanted + 1:
+        new = [name for name, pod in self._living.items() if _version(pod) == self.serves]
+        old = [name for name in self._living if name not in new]
+        if len(new) < wanted and len(self._living) < wanted + 1:
             self._live(self._make_pod(age=0))
-        available = [name for name, pod in self.pods.items() if self._is_available(pod)]
+        available = [name for name, pod in self._living.items() if self._is_available(pod)]
         # What is not available serves nobody, so it goes first.
         for name in sorted(old, key=lambda name: name in available):
             if name not in available or len(available) > wanted:
@@ -164,15 +174,15 @@ class DeploymentApi:
                 break
         counted = len(available)
         self.least_available = counted if self.least_available is None else min(self.least_available, counted)
-        self.most_pods = max(self.most_pods, len(self.pods))
-        updated = sum(_version(pod) == self.serves for pod in self.pods.values())
+        self.most_pods = max(self.most_pods, len(self._living))
+        updated = sum(_version(pod) == self.serves for pod in self._living.values())
         progressed, self.progressed = self.progressed, (updated, counted)
         # A missed deadline stays missed until there is progress.
         self.in_time |= any(now > before for now, before in zip(self.progressed, progressed, strict=False))
         reason = "ReplicaSetUpdated" if self.in_time else "ProgressDeadlineExceeded"
         self.deployment["status"] = {
             "observedGeneration": self.deployment["metadata"]["generation"],
-            "replicas": len(self.pods),
+            "replicas": len(self._living),
             "updatedReplicas": updated,
             "availableReplicas": counted,
             "conditions": [{"type": "Progressing", "status": str(self.in_time), "reason": reason}],
@@ -190,10 +200,11 @@ class DeploymentApi:
     def _live(self, pod: dict[str, Any]) -> None:
         version = _version(pod)
         status = self.behaviours[version](time.monotonic() - self.made[pod["metadata"]["name"]])
+        pod_status = status.pop("pod", {})
         status |= {"image": "i", "imageID": "i", "name": self.at_fault.get(version, "triton")}
         kind = "initContainerStatuses" if status["name"] == "fetch" else "containerStatuses"
         ready = [{"type": "Ready", "status": str(status["ready"])}]
-        pod["status"] = {"phase": "Running", "podIP": "127.0.0.1", "conditions": ready, kind: [status]}
+        pod["status"] = {"phase": "Running", "podIP": "127.0.0.1", "conditions": ready, kind: [status]} | pod_status
 
     def _is_available(self, pod: dict[str, Any]) -> bool:
         since = time.monotonic() - self.made[pod["metadata"]["name"]]

@@ -112,6 +112,7 @@ def test_a_pod_that_serves_something_else_is_rolled_back(
             deployment_api.crashes,
             r"pod pod-2: container triton CrashLoopBackOff: .* ended with status 1 \(Error\), 3 r",
         ),
+        (deployment_api.evicted, r"is not rolled out: (pod pod-\d: Evicted The node was low on resource: .*){3}"),
         (deployment_api.unpullable, "pod pod-2: container triton ImagePullBackOff: not found, 0 restarts - "),
     ],
 )
@@ -134,6 +135,16 @@ def test_a_pod_that_does_not_become_ready_is_rolled_back(
     assert_the_old_version_serves(api)
     # Without what a terminal would take for a command.
     assert "[pod-2] loading\n[pod-2] OutOfMemoryError: CUDA \n" in capfd.readouterr().out
+
+
+def test_pods_that_ended_before_the_rollout_do_not_count(cluster: Callable[..., DeploymentApi]) -> None:
+    """Kubernetes goes on listing them; the version may have been served, and have been evicted, once before."""
+    api = cluster()
+    api.behaviours[NEW.name] = deployment_api.evicted
+    with pytest.raises(RolloutError, match="Evicted"):
+        roll(api)
+    del api.behaviours[NEW.name]
+    assert len(roll(api).smoke) == 2 and api.available == [NEW.name] * 2
 
 
 def test_a_version_that_cannot_be_fetched_is_rolled_back(
@@ -331,7 +342,7 @@ def test_another_rollout_is_left_alone(cluster: Callable[..., DeploymentApi]) ->
         (
             "GET deployment",
             (404, "not found"),
-            "there is no Deployment trackrec-triton in namespace ns; apply an overlay",
+            "there is no Deployment trackrec-triton in namespace ns; apply .* `deploy.deployment` .docs/deploy.md says",
         ),
     ],
 )
@@ -397,8 +408,8 @@ def test_the_stages_settings_reach_the_rollout(
     cluster: Callable[..., DeploymentApi], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     api = cluster()
-    own = incluster.Cluster(ApiClient(Configuration(host=api.url)), "another")
+    own = incluster.Cluster(ApiClient(Configuration(host=api.url)), NAMESPACE)
     monkeypatch.setattr(rollout, "in_cluster", lambda what: own)
-    rolled = rollout.roller(DeploySettings(deployment=NAME, namespace=NAMESPACE, timeout_s=20), "run-1")
+    rolled = rollout.roller(DeploySettings(deployment=NAME, timeout_s=20), "run-1")
     done = rolled(NEW.name, NEW.uri, passes)
     assert (done["version"]["name"], done["previous"]["name"], len(done["smoke"])) == ("v-2", "v-1", 2)
