@@ -119,7 +119,7 @@ def test_it_passes_the_inference_of_a_version(served: tuple[Path, server.Server]
         triton.InferenceServerClient(running.grpc) as client,
         pytest.raises(smoke.SmokeError, match=r"ranker puts user trackrec-smoke-\d+ into .* in bucket 'treatment'"),
     ):
-        smoke._split(client, "ranker", other, expected.items, 20)
+        smoke._split(client, "ranker", other, expected.items, lambda: 20)
 
 
 def test_another_salt_or_share_is_another_version(served: tuple[Path, server.Server], tmp_path: Path) -> None:

@@ -119,14 +119,15 @@ def test_answers_that_together_take_too_long_are_slow(
     infer = triton.InferenceServerClient.infer
 
     def under_load(*args: Any, **given: Any) -> triton.InferResult:
-        time.sleep(1.5)
-        return infer(*args, **given)
+        answer = infer(*args, **given)
+        time.sleep(1.2)
+        return answer
 
     monkeypatch.setattr(triton.InferenceServerClient, "infer", under_load)
     expected = smoke.expected(repository)
     asked = smoke.Expected({name: expected.versions[name] for name in ("encoder", *smoke.RANKERS)}, expected.items)
-    with pytest.raises(smoke.SlowError, match=r"ranker_trackrec at .* Deadline Exceeded"):
-        smoke.check(running.grpc, asked, seconds=20, within=2.5)
+    with pytest.raises(smoke.SlowError, match=r"did not all answer within 2 s|Deadline Exceeded"):
+        smoke.check(running.grpc, asked, seconds=20, within=2)
 
 
 def test_a_server_that_is_not_there_is_one_line() -> None:

@@ -116,7 +116,10 @@ def check(address: str, served: Expected, *, seconds: float = _SECONDS, within: 
     ends = time.monotonic() + within
 
     def left() -> float:
-        return max(0.01, min(seconds, ends - time.monotonic()))
+        rest = ends - time.monotonic()
+        if rest <= 0:
+            raise SlowError(f"the models at {address} did not all answer within {within:g} s")
+        return min(seconds, rest)
 
     with triton.InferenceServerClient(address, channel_args=CHANNEL) as client:
         for name, version in served.versions.items():
