@@ -104,6 +104,7 @@ bench: setup triton ## Run the benchmarks of the README's table (ML_1M=path to m
 	$(BIN)/python benchmarks/features.py memory
 	$(BIN)/python benchmarks/features.py engine
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python benchmarks/abtest.py memory
 	if [ -n "$(ML_1M)" ]; then \
 	  $(BIN)/python benchmarks/ingest.py ml-1m $(ML_1M) && $(BIN)/python benchmarks/table2.py --data $(ML_1M); fi
 
