@@ -237,11 +237,13 @@ class _Roll:
                 if not is_ready(pod):
                     self.states.print_tail(pod)
             ready = [pod.metadata.name for pod in pods if is_ready(pod)]
-            slow = "; ".join(f"pod {name}: {self.slow[name]}" for name in ready if name in self.slow)
-            raise RolloutError(f"no progress for {self.timeout_s:g} s ({slow or self.states.explain(pods)})")
+            reasons = [f"pod {name}: {self.slow[name]}" for name in ready if name in self.slow]
+            if len(reasons) < len(pods) or not pods:
+                reasons.append(self.states.explain(pods))
+            raise RolloutError(f"no progress for {self.timeout_s:g} s ({'; '.join(reasons)})")
 
     def _ask(self, found: Any, pod: Any) -> dict[str, Any] | None:
-        """None: not in time.
+        """None: not in time, or it is gone.
 
         Raises:
             RolloutError: the pod answers wrongly, or not at all.
@@ -263,6 +265,10 @@ class _Roll:
                 return None
             except SmokeError as error:
                 if attempt == _SMOKE_TRIES - 1:
+                    if not any(
+                        other.metadata.name == name and is_ready(other) for other in self._pods(found, self.version)
+                    ):
+                        return None  # evicted, or scaled away, while it was asked
                     self.states.print_tail(pod)
                     raise RolloutError(f"the smoke inference of pod {name} failed: {error}") from None
             time.sleep(_POLL_SECONDS)

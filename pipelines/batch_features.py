@@ -48,8 +48,7 @@ def build(config: RunConfig) -> GraphComponent:
             seed=config.seed,
             as_of=dt,
             domain=config.contexts.domain,
-            # As many as the ranking models read, too; a prompt takes the newest of them.
-            history_length=max(config.contexts.history_length, config.train_ctr.history_length),
+            history_length=config.user_history_length,
             interactions=log["interactions"],
             items=log["items"],
         )

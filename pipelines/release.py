@@ -18,8 +18,12 @@ from trackrec.run_config import RunConfig
 
 # What serving does as the run did; everything else of a run's settings lies in its models.
 _SHARED = (
-    *("contexts.domain", "contexts.history_length"),
-    *("generate.max_tokens", "generate.repetition_penalty", "encode.pooling"),
+    "contexts.domain",
+    "contexts.history_length",
+    "generate.max_tokens",
+    "generate.repetition_penalty",
+    "encode.pooling",
+    "encode.dtype",
 )
 
 

@@ -248,6 +248,11 @@ class RunConfig(Settings):
     features: FeaturesSettings = FeaturesSettings()
     resources: StageResources = StageResources()
 
+    @property
+    def user_history_length(self) -> int:
+        """Items of each user in the feature table: a ranking model reads them, and a prompt the newest of them."""
+        return max(self.contexts.history_length, self.train_ctr.history_length)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.loop.distillation and self.distill_data is None:

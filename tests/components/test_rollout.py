@@ -147,6 +147,23 @@ def test_pods_that_ended_before_the_rollout_do_not_count(cluster: Callable[..., 
     assert len(roll(api).smoke) == 2 and api.available == [NEW.name] * 2
 
 
+def test_a_pod_that_goes_while_it_is_asked_condemns_no_version(cluster: Callable[..., DeploymentApi]) -> None:
+    api = cluster()
+    asked: list[str] = []
+
+    def drained(address: str) -> dict[str, Any]:
+        asked.append(address)
+        if len(asked) > rollout._SMOKE_TRIES:
+            return passes(address)
+        with api.lock:
+            for name in [name for name, pod in api.pods.items() if deployment_api._version(pod) == NEW.name]:
+                del api.pods[name]
+        raise smoke.SmokeError("generator: UNAVAILABLE")
+
+    assert len(roll(api, drained).smoke) == 2
+    assert api.available == [NEW.name] * 2 and REFUSED not in api.annotations
+
+
 def test_a_version_that_cannot_be_fetched_is_rolled_back(
     cluster: Callable[..., DeploymentApi], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -251,14 +252,18 @@ def test_the_connection_moves_to_another_server_of_the_same_models(
     assert len(slow.asked()) < USERS
 
 
-@pytest.mark.parametrize("other", ["generator", "encoder"])
+@pytest.mark.parametrize(
+    "other",
+    [{"generator": {"model_version": "2"}}, {"encoder": {"model_version": "2"}}, {"width": 2 * WIDTH}],
+    ids=["generator", "encoder", "width"],
+)
 def test_the_connection_moves_to_a_server_of_another_version(
-    other: str, slow: Fake, users: Path, tmp_path: Path, work: Path
+    other: dict[str, Any], slow: Fake, users: Path, tmp_path: Path, work: Path
 ) -> None:
     """It answers at once, and has answered more than the first: nothing fails."""
-    folder, changed = tmp_path / "other", {other: {"model_version": "2"}}
+    folder = tmp_path / "other"
     folder.mkdir()
-    with server.running(fakes.repository(folder / "repository", width=WIDTH, **changed), folder / "log") as second:
+    with server.running(fakes.repository(folder / "repository", **{"width": WIDTH, **other}), folder / "log") as second:
         run(slow.settings(triton=second.grpc), users, folder / "out", DT)
         with proxy(slow.server.grpc) as service:
             mover = when_asked(slow, 90, lambda: service.lead(second.grpc))

@@ -8,7 +8,7 @@ import pytest
 
 from trackrec.features import recovery
 from trackrec.features.client import RequestError, TroubleError
-from trackrec.features.recovery import Caller, OtherModelsError
+from trackrec.features.recovery import Caller, OtherModelsError, ServerLostError
 
 
 class Scripted:
@@ -74,7 +74,8 @@ def test_a_call_has_its_whole_time_again_when_the_server_was_lost() -> None:
 def test_a_server_that_is_lost_again_before_it_is_well_costs_no_try(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recovery, "_FIRST_PAUSE_SECONDS", 0.01)
     # At the start its contracts are there, twice; when it comes back, the second time.
-    triton = Scripted(probes=[False, True], contracts=[True, True, False])
+    # Between these, before each probe.
+    triton = Scripted(probes=[False, True], contracts=[True, True, True, True, False])
     assert called(triton, [(0, False), (0, False), (0, True)], deadline_s=10) == "answer"
 
 
@@ -143,3 +144,13 @@ def test_other_models_behind_the_same_connection_are_found_before_a_shard_is_pub
                 await caller.same_models()
 
     asyncio.run(run())
+
+
+def test_a_connection_that_never_lasts_is_given_up() -> None:
+    class Breaking(Scripted):
+        async def contracts(self) -> tuple[Any, Any]:
+            self.connection += 1
+            return self.models
+
+    with pytest.raises(ServerLostError, match="the connection was lost 5 times"):
+        called(Breaking(), [], deadline_s=0.3)

@@ -33,7 +33,7 @@ def texts(found: Iterator[Finding]) -> list[str]:
 
 def test_a_server_that_serves_what_is_needed(tmp_path: Path) -> None:
     with server.running(fakes.repository(tmp_path / "repository"), tmp_path / "log") as running:
-        found = texts(checks.triton(running.grpc, "movies"))
+        found = texts(checks.triton(running.grpc, "movies", 8))
         where = f"✔ Triton at {running.grpc} serves the"
         assert found == [f"{where} generator, version g1", f"{where} encoder, version e1"]
 
@@ -50,22 +50,27 @@ def test_a_server_that_serves_what_is_needed(tmp_path: Path) -> None:
 
 
 def test_models_of_another_domain_or_release_are_told_apart(triton: server.Server) -> None:
-    domain, release = texts(checks.triton(triton.grpc, "movies"))
+    domain, release = texts(checks.triton(triton.grpc, "movies", 8))
     assert "its generator was aligned on prompts of the domain 'books', and `contexts.domain` is 'movies'" in domain
     assert "the model encoder has another contract" in release and release.startswith("✘")
-    sound, _ = texts(checks.triton(triton.grpc, "books"))
+    sound, _ = texts(checks.triton(triton.grpc, "books", 8))
     assert sound == f"✔ Triton at {triton.grpc} serves the generator, version {'g' * 12}"
+
+
+def test_shorter_histories_than_the_generators_are_told(triton: server.Server) -> None:
+    short, _ = texts(checks.triton(triton.grpc, "books", 7))
+    assert "was aligned on prompts of 8 items, and the users' table will have 7; give the config" in short
 
 
 def test_a_model_that_is_not_loaded(tmp_path: Path) -> None:
     repository = fakes.repository(tmp_path / "repository")
     with server.running(repository, tmp_path / "log", models=["generator"]) as running:
-        _, lacking = texts(checks.triton(running.grpc, "movies"))
+        _, lacking = texts(checks.triton(running.grpc, "movies", 8))
     assert lacking.startswith("✘") and "serves no model 'encoder', or it is not loaded" in lacking
 
 
 def test_a_server_that_does_not_answer() -> None:
-    [found] = texts(checks.triton("127.0.0.1:9", "movies"))
+    [found] = texts(checks.triton("127.0.0.1:9", "movies", 8))
     assert found.startswith("✘ Triton at 127.0.0.1:9 does not answer (") and "mend `features.triton`" in found
 
 

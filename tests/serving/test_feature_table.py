@@ -373,6 +373,7 @@ def test_a_ranker_does_not_start_where_its_features_cannot_be_read(
         monkeypatch.setenv(FEATURES_ENV, "gs://shop/features")
         with pytest.raises(OSError, match="gs://shop/features cannot be read"):
             feature_store.of_environment(*ranker, lines.append)
+        assert "gs://shop/features cannot be read: " in lines[-1]
     # One in which nothing is committed yet can.
     monkeypatch.setenv(FEATURES_ENV, str(tmp_path / "features"))
     store = feature_store.of_environment(*ranker, lines.append)

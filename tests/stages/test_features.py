@@ -133,7 +133,7 @@ def test_a_killed_pod_goes_on(tmp_path: Path) -> None:
     with server.running(repository, tmp_path / "log") as running:
         command = [sys.executable, "-c", POD, running.grpc, str(tmp_path / "features"), str(of), str(tmp_path / "pod")]
         pod = subprocess.Popen(command, env=os.environ | {storage.WORK_ENV: str(tmp_path / "work")})
-        while not asked.exists() or len(asked.read_text().split()) < USERS // 2:
+        while not list((tmp_path / "features").rglob("part.parquet")) or len(asked.read_text().split()) < USERS // 2:
             assert pod.poll() is None
             time.sleep(0.01)
         pod.send_signal(signal.SIGKILL)

@@ -168,9 +168,12 @@ class Triton:
 
     def _stream(self) -> "_Stream":
         self._streams = [stream for stream in self._streams if not stream.closed]
-        if len(self._streams) < _STREAMS:
-            self._streams.append(_Stream(self._stub))
-        return self._streams[next(self._turn) % len(self._streams)]
+        # One of an earlier connection is left to end: its server goes on answering there while it drains.
+        usable = [stream for stream in self._streams if stream.connection == self.connection]
+        if len(usable) < _STREAMS:
+            usable.append(_Stream(self._stub, self.connection))
+            self._streams.append(usable[-1])
+        return usable[next(self._turn) % len(usable)]
 
     async def _awaited(self, call: Coroutine[Any, Any, T]) -> T:
         """`call`, which `abort` can end."""
@@ -223,7 +226,8 @@ class _StreamedError(Exception):
 class _Stream:
     """One stream; requests go out in turn, answers come as they are ready and are told apart by id."""
 
-    def __init__(self, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:
+    def __init__(self, stub: service_pb2_grpc.GRPCInferenceServiceStub, connection: int) -> None:
+        self.connection = connection
         self.closed = False
         self._ids = itertools.count()
         self._outgoing: asyncio.Queue[service_pb2.ModelInferRequest | None] = asyncio.Queue()

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from trackrec.features import partition
 from trackrec.features.partition import Place
 from trackrec.features.table import Identity, Manifest, ShardEntry, date_folder
-from trackrec.storage import CorruptError
+from trackrec.storage import CorruptError, RemoteError
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,10 @@ class Earlier:
                 continue
             try:
                 found += self._rows(shard, user_ids)
+            except RemoteError:
+                raise  # it passes, and another try of the pod copies
             except (OSError, pa.ArrowInvalid) as error:
-                log.warning("%s/%s cannot be read, so nothing of it is copied: %s", self.place, shard.path, error)
+                log.warning("%s/%s cannot be read; its users are generated: %s", self.place, shard.path, error)
         return pa.concat_tables(found) if found else pa.table({name: [] for name in _COLUMNS})
 
     def _rows(self, shard: ShardEntry, user_ids: pa.Array) -> Iterator[pa.Table]:

@@ -37,6 +37,9 @@ _HELLO = "Hello"
 # gRPC's words of a server that is not there; of one that is, UNAVAILABLE is said of a model.
 _UNREACHABLE = "failed to connect"
 
+# Times that a connection may break before the models behind it are known.
+_LOOKS = 5
+
 T = TypeVar("T")
 
 
@@ -235,6 +238,9 @@ class Caller:
     async def _ask(self, error: TroubleError | None = None) -> bool:
         # Behind requests to a model that is dead the probe would wait long to hear of it.
         dead = _Trouble(error.model, str(error), reload=True) if isinstance(error, DeadModelError) else None
+        if not dead:
+            # First of all: other models may refuse the probe, or answer it otherwise, and are well all the same.
+            await self._unlike_before()
         trouble = dead or await self._trouble(_PROBE_SECONDS)
         self._last_sign = time.monotonic()
         if trouble is None or trouble.slow:
@@ -273,6 +279,8 @@ class Caller:
         except TroubleError as error:
             why = str(error)
             return _Trouble(model, why, reload=_UNREACHABLE not in why)
+        except wire.AnswerError as error:
+            return _Trouble(model, str(error))
         except TimeoutError:
             return _Trouble(model, f"no answer within {seconds:g} s", slow=True)
         except RequestError as error:
@@ -288,6 +296,7 @@ class Caller:
             # Jitter: other pods of the job wait for the same server, and one of them is enough to load a model.
             await asyncio.sleep(random.uniform(pause / 2, pause))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            await self._unlike_before()
             found = await self._trouble(min(_SHORT_PROBE_SECONDS if trouble.reload else _PROBE_SECONDS, left))
             found = found or await self._unlike_before()
             if found is None:
@@ -335,9 +344,9 @@ class Caller:
 
         Raises:
             OtherModelsError: they are others; from now on every call says so.
-            RequestError, TroubleError: no answer.
+            RequestError, TroubleError: no answer, or none that a connection outlives.
         """
-        while True:
+        for _ in range(_LOOKS):
             connection = self.triton.connection
             try:
                 same = await self.triton.contracts() == (self.generator, self.encoder)
@@ -353,3 +362,4 @@ class Caller:
             if connection == self.triton.connection:
                 self._known = connection
                 return
+        raise TroubleError(f"the connection was lost {_LOOKS} times while the models' versions were asked for")

@@ -2,8 +2,10 @@
 
 import fcntl
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _TABLE = "users"
 _ROWS_AT_ONCE = 4096
-# Sorted copies are older than any job by then.
+# A sorted copy that no job has begun with for so long is in use by none.
 _KEPT_SECONDS = 7 * 86_400
 # Bytes that are read of a column at once. Without a limit a whole row group is held, which may be the whole table.
 _BUFFER = 1 << 20
@@ -185,9 +187,12 @@ def _in_order(files: Sequence[Path]) -> bool:
 
 def _sorted(files: Sequence[Path], target: Path) -> Path:
     """A sorted copy, made once for each content: pods of one machine share it, so none can delete it at its end."""
+    with suppress(FileNotFoundError):
+        os.utime(target)  # in use
     for left in target.parent.glob("*users-*.parquet*"):
-        if left.is_file() and time.time() - left.stat().st_mtime > _KEPT_SECONDS:
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another pod was first
+            if time.time() - left.stat().st_mtime > _KEPT_SECONDS:
+                left.unlink()
     if target.is_file():
         return target
     try:

@@ -14,18 +14,19 @@ from trackrec.serving.contract import CHANNEL, ContractError, EncoderContract, G
 _SECONDS = 10.0
 
 
-def triton(address: str, domain: Domain) -> Iterator[Finding]:
+def triton(address: str, domain: Domain, history_length: int) -> Iterator[Finding]:
     """The generator and the encoder, loaded, with contracts that this release reads.
 
     Args:
         address: HOST:PORT of its gRPC endpoint.
         domain: of the prompts that the job will send.
+        history_length: items of each user in the job's table.
     """
     client = InferenceServerClient(address, channel_args=CHANNEL)
     where = f"Triton at {address}"
     try:
         client.is_server_live(client_timeout=_SECONDS)
-        yield from _model(client, where, domain)
+        yield from _model(client, where, domain, history_length)
     except InferenceServerException as error:
         yield fault(
             f"{where} does not answer ({_told(error)}): start it (`trackrec serve`; on a cluster, the pipeline "
@@ -35,7 +36,7 @@ def triton(address: str, domain: Domain) -> Iterator[Finding]:
         client.close()
 
 
-def _model(client: InferenceServerClient, where: str, domain: Domain) -> Iterator[Finding]:
+def _model(client: InferenceServerClient, where: str, domain: Domain, history_length: int) -> Iterator[Finding]:
     for name, kind in (("generator", GeneratorContract), ("encoder", EncoderContract)):
         if not client.is_model_ready(name, client_timeout=_SECONDS):
             yield fault(f"{where} serves no model {name!r}, or it is not loaded; serve a version that `export` wrote")
@@ -49,6 +50,11 @@ def _model(client: InferenceServerClient, where: str, domain: Domain) -> Iterato
             yield fault(
                 f"{where}: its generator was aligned on prompts of the domain {contract.domain!r}, and "
                 f"`contexts.domain` is {domain!r}; give the config of the run that it comes from"
+            )
+        elif isinstance(contract, GeneratorContract) and contract.history_length > history_length:
+            yield fault(
+                f"{where}: its generator was aligned on prompts of {contract.history_length} items, and the users' "
+                f"table will have {history_length}; give the config of the run that it comes from"
             )
         else:
             yield ok(f"{where} serves the {name}, version {contract.model_version[:12]}")

@@ -25,7 +25,7 @@ _NICE = 10
 class FeatureStore:
     """`table` is the date to read from, None as long as there is none; a request takes it once and keeps it.
 
-    `failed` says what could not be read at the last look.
+    `reached` says whether the last look found the place, whatever was in it.
 
     Args:
         root: the feature table's place.
@@ -41,7 +41,8 @@ class FeatureStore:
         self._cache, self._log = cache, log
         self._served: tuple[str, str] | None = None
         self._refused: set[tuple[str, str]] = set()
-        self.failed = ""
+        self.reached = False
+        self._failed = ""
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -52,12 +53,12 @@ class FeatureStore:
         is tried again at the next look.
         """
         try:
-            failed = self._look()
+            failed, self.reached = self._look(), True
         except OSError as error:
-            failed = f"the feature table {self._root} cannot be read: {error}"
-        if failed and failed != self.failed:
+            failed, self.reached = f"the feature table {self._root} cannot be read: {error}", False
+        if failed and failed != self._failed:
             self._log(f"{failed}; {self._instead()}")
-        self.failed = failed
+        self._failed = failed
 
     def follow(self, seconds: float, after: Callable[[], None] = lambda: None) -> None:
         """Looks every `seconds` from now on, in a thread, until `close`; `after` is called there after each look."""
@@ -146,7 +147,7 @@ def of_environment(scorer: Scorer, contract: RankerContract, log: Callable[[str]
     """The store that the environment names, after its first look; None where it names none.
 
     Raises:
-        OSError: the table cannot be read.
+        OSError: its place cannot be reached.
     """
     root = os.environ.get(FEATURES_ENV)
     if not root:
@@ -158,9 +159,9 @@ def of_environment(scorer: Scorer, contract: RankerContract, log: Callable[[str]
     cache.mkdir(parents=True, exist_ok=True)
     store = FeatureStore(root, scorer, contract, cache=cache, log=log)
     store.look()
-    if store.table is None and store.failed:
+    if not store.reached:
         # Or a pod that starts in such a moment would be ready, and rank as if nobody were known.
-        raise OSError(store.failed)
+        raise OSError(f"the feature table {root} cannot be read; the line above says why")
     return store
 
 

@@ -119,7 +119,7 @@ def write_encoder(out: Path, settings: EncodeSettings, *, encoder: Path) -> Enco
     weights.copy_model(encoder, out / "1/weights")
     model = TextEncoder(out / "1/weights", pooling=settings.pooling, dtype=settings.dtype)
     contract = EncoderContract(
-        # Other pooling or precision is other vectors.
+        # Other pooling or precision is other vectors ("auto" is the hardware's choice, in training as in serving).
         model_version=f"{_version(out / '1/weights')}-{settings.pooling}-{settings.dtype}",
         width=model.width,
         pooling=settings.pooling,

@@ -71,7 +71,7 @@ def _findings(
     if base_model:
         yield from models.base_model(base_model)
     if triton:
-        yield from serving.triton(triton, config.contexts.domain)
+        yield from serving.triton(triton, config.contexts.domain, config.user_history_length)
         yield from serving.features(out, pod=surroundings.in_pod())
     elif config.ranking is not None:
         yield from models.encoder(encoder, config.train_ctr.vector_width)

@@ -38,7 +38,7 @@ def repository(
         **{
             "model_version": "g1",
             "domain": "movies",
-            "history_length": 100,
+            "history_length": 8,
             "opening": "<|user|>",
             "closing": "<|assistant|>",
             "special_tokens": ("<|user|>", "<|assistant|>"),
