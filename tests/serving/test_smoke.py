@@ -60,7 +60,7 @@ def test_the_environments_proxy_is_not_asked(
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert smoke.check(running.grpc, smoke.expected(repository), seconds=20)
     assert probe(running, repository, "--alive").returncode == 0
-    assert "✔" in str(next(preflight.triton(running.grpc, "movies")))
+    assert "✔" in str(next(preflight.triton(running.grpc, "movies", 10)))
 
     async def contracts() -> str:
         async with Triton(running.grpc) as job:
